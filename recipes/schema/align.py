@@ -14,6 +14,8 @@ from recipes.schema.fields import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    ProcessGib,
+    ShortTime,
     Temperature,
     ZeroOrOne,
 )
@@ -104,9 +106,9 @@ class GrpoConfig:
     1 in bf16 and low precision. It is recorded at every batch."""
     mean_log_prob_gap: PositiveFloat | None = None
     """The same for the mean over the tokens of a batch. null: 1e-6 in fp32, 0.05 in bf16 and low precision."""
-    verifier_seconds: PositiveFloat = 5.0
+    verifier_seconds: ShortTime = 5.0
     """Time of a verifier for one answer. An answer whose verifier takes longer has no reward."""
-    verifier_gib: PositiveFloat = 4.0
+    verifier_gib: ProcessGib = 4.0
     """Memory of a verifier's process, in GiB."""
     allowed_functions: tuple[str, ...] = ()
     """Reward functions of your own that prompts may name (`module:function`). They run with your rights; others are refused."""

@@ -72,5 +72,9 @@ Seed = Annotated[int, Range(ge=0, lt=2**63)]
 """A seed that numpy, torch on a CPU and torch on a GPU all accept."""
 Length = Annotated[int | float, LengthRange()]
 SoftCap = Annotated[float, Range(gt=0, le=70)]
+ShortTime = Annotated[float, Range(gt=0, le=86_400)]
+"""Seconds, at most a day: the system's calls refuse times that are too long."""
+ProcessGib = Annotated[float, Range(gt=0, le=2**20)]
+"""Memory of one process in GiB, at most a pebibyte: the system refuses larger limits."""
 GroupSize = Annotated[int, Range(ge=2)]
 ZeroOrOne = Annotated[int, Range(ge=0, le=1)]

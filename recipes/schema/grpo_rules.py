@@ -5,6 +5,9 @@ from recipes.schema.errors import Problem
 from recipes.schema.layout import reads_whole_rows_only
 from recipes.schema.recipe import Recipe
 
+_MOST_ANSWERS = 1 << 20
+"""Answers of a batch. Every rank holds all of them with their numbers."""
+
 
 def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
     """Problems of a recipe that draws answers from the model that it trains; [] for other objectives.
@@ -44,6 +47,13 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
             f"updates_per_batch={config.updates_per_batch}."
         )
         found.append(Problem("objective.grpo.passes_per_batch", text, "Each pass is a whole number of updates."))
+    if (answers := _prompts_of_batch(config) * config.generations_per_prompt) > _MOST_ANSWERS:
+        text = (
+            f"objective.grpo: a batch has {answers:,} answers (prompts_per_step={config.prompts_per_step:,}, "
+            f"generations_per_prompt={config.generations_per_prompt:,}, updates_per_batch={config.updates_per_batch:,}); "
+            f"at most {_MOST_ANSWERS:,} fit into the memory of a rank."
+        )
+        found.append(Problem("objective.grpo.generations_per_prompt", text, "Lower them."))
     if config.off_policy_steps and config.importance_cap is None:
         text = "objective.grpo.off_policy_steps=1 learns from answers of older weights, and importance_cap=null ignores that."
         found.append(
@@ -88,5 +98,8 @@ def grpo_notes(recipe: Recipe) -> list[Problem]:
 
 def verifier_limit_s(config: GrpoConfig, *, data_ranks: int) -> float:
     """Seconds that the judging of a batch takes at most on each of `data_ranks` ranks."""
-    prompts = config.prompts_per_step * config.updates_per_batch // config.passes_per_batch
-    return prompts / data_ranks * config.generations_per_prompt * config.verifier_seconds
+    return _prompts_of_batch(config) / data_ranks * config.generations_per_prompt * config.verifier_seconds
+
+
+def _prompts_of_batch(config: GrpoConfig) -> int:
+    return config.prompts_per_step * config.updates_per_batch // config.passes_per_batch

@@ -23,6 +23,7 @@ from recipes.schema.rules import notes, problems, reading_problems
         ({"data.reset_at_documents": False}, "data.reset_at_documents"),
         ({"objective.grpo.max_answer_tokens": 64}, "objective.grpo.max_answer_tokens"),
         ({"objective.grpo.updates_per_batch": 3, "objective.grpo.passes_per_batch": 2}, "objective.grpo.passes_per_batch"),
+        ({"objective.grpo.generations_per_prompt": 10**9}, "objective.grpo.generations_per_prompt"),
         ({"objective.grpo.off_policy_steps": 1}, "objective.grpo.importance_cap"),
         ({"schedule.unit": "tokens"}, "schedule.unit"),
         ({"precision.switch_at_tokens": 100}, "precision.switch_at_tokens"),

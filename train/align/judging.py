@@ -9,6 +9,7 @@ answer that differs is judged anew. Entries older than every checkpoint are dele
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -126,7 +127,8 @@ class Judges:
     def forget_before(self, step: int) -> None:
         """Delete the journal of steps before `step`: no checkpoint is that old. Called on one rank."""
         for path in self._folder.glob("step_*.jsonl") if self._folder.is_dir() else ():
-            if int(path.name[5:13]) < step:
+            number = path.name[5:13]
+            if number.isdecimal() and int(number) < step:
                 with suppress(OSError):
                     path.unlink()
 
@@ -159,12 +161,20 @@ class Judges:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Reward]]:
-    """(key, reward) of every readable line of the journal."""
+    """(key, reward) of every readable line of the journal; answers of damaged lines are judged again."""
     for path in sorted(folder.glob("step_*.jsonl")) if folder.is_dir() else ():
-        for line in path.read_text().splitlines():
+        if not path.is_file():
+            continue
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}. Make it readable.") from error
+        for line in lines:
             with suppress(ValueError, TypeError, KeyError):
-                plain = parse_json(line)
-                yield plain["key"], Reward(plain["value"], plain["failure"], plain["what"])
+                plain = parse_json(line.decode())
+                value, failure, what = plain["value"], plain["failure"], plain["what"]
+                if (value is None) == bool(what) and (value is None or math.isfinite(value)):
+                    yield str(plain["key"]), Reward(value, str(failure), str(what))
 
 
 def _text_of(verifier: dict[str, Any] | None) -> str:

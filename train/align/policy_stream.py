@@ -132,6 +132,8 @@ class PolicyStream:
         self._parts: list[Part] = []
         self._at = 0
         """Updates made from the batch."""
+        self._warned: set[tuple[str, str]] = set()
+        """Kinds of verifiers and of their failures that a warning has named."""
         self._restore(state)
 
     def __enter__(self) -> Self:
@@ -461,6 +463,7 @@ class PolicyStream:
             judging_s=seconds.judging,
             log_probs_s=seconds.log_probs,
         )
+        self._warn_of_failures(groups)
         every = self._config.samples_every_steps
         if every and (self._step % every == 0 or self._step + self._config.updates_per_batch >= self._recipe.run.steps):
             self._telemetry.event("rollout_samples", step=self._step + 1, samples=self._samples(groups))
@@ -484,6 +487,28 @@ class PolicyStream:
             }
             for kind, some in sorted(rewards.items())
         }
+
+    def _warn_of_failures(self, groups: list[Group]) -> None:
+        """A warning at the first failure of each kind: a verifier that always fails would leave nothing to learn from."""
+        failures: dict[tuple[str, str], list[tuple[int, Reward]]] = defaultdict(list)
+        for group in groups:
+            verifier = self._prompts.at(group.position).verifier or {}
+            for reward in group.verified:
+                if reward.what:
+                    failures[str(verifier["kind"]), reward.what].append((group.position, reward))
+        for key, found in failures.items():
+            if key in self._warned:
+                continue
+            self._warned.add(key)
+            position, reward = found[0]
+            answers = sum(len(group.verified) for group in groups)
+            self._telemetry.event(
+                "warning",
+                step=self._step + 1,
+                text=f"step {self._step + 1:,}: {len(found):,} of {answers:,} answers have no reward, such as one to the prompt of "
+                f"{self._prompts.at(position).place}: {reward.failure}. Correct the prompt or the verifier if this is not "
+                f"meant. Later failures of this kind are only counted in metrics.jsonl.",
+            )
 
     def _samples(self, groups: list[Group]) -> list[dict[str, Any]]:
         """The first answer of some groups, as texts."""

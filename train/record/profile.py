@@ -10,6 +10,7 @@ Outside the profiled steps the model has no hooks, and a range of a phase costs 
 
 import gc
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from data.system import disk
 from recipes.schema.profile import TABLE, profiled_steps
 from recipes.schema.run import RunConfig
+
+log = logging.getLogger(__name__)
 
 _LONGEST = 10
 
@@ -64,7 +67,8 @@ class Profiler:
         return self.close()
 
     def close(self) -> Path | None:
-        """End profiling, also before its last step. -> the trace, if one was written."""
+        """End profiling, also before its last step. -> the trace, if one was written. A trace that cannot be written is a
+        warning: the run is worth more than it."""
         if self._profile is None:
             return None
         finished, self._profile = self._profile, None
@@ -73,14 +77,29 @@ class Profiler:
             hook.remove()
         self._hooks.clear()
         trace = self._out / f"rank-{self._rank:05d}.json.gz"
+        try:
+            self._write(finished, trace)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the profiler of PyTorch
+            log.warning(
+                "no profile: %s cannot be written: %s. The run continues. Free some space or make the folder "
+                "writable, and profile later steps.",
+                trace,
+                error,
+            )
+            return None
+        finally:
+            if self._is_on_gpu and self._run.profile_memory:
+                torch.cuda.memory._record_memory_history(enabled=None)
+        return trace
+
+    def _write(self, finished: profile, trace: Path) -> None:
+        """Write the files of a trace. Raises OSError, RuntimeError."""
         self._out.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(trace))
         table = _longest(finished, is_on_gpu=self._is_on_gpu)
         disk.write_text(trace.with_name(trace.name.removesuffix(".json.gz") + TABLE), json.dumps(table))
         if self._is_on_gpu and self._run.profile_memory:
             torch.cuda.memory._dump_snapshot(str(trace).removesuffix(".json.gz") + ".memory.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
-        return trace
 
 
 class GarbageControl:

@@ -113,6 +113,9 @@ def test_failing_verifiers_cost_their_answers_the_reward_and_are_counted(tmp_pat
     found = run_ranks(world, learn, policy_recipe(tmp_path, **options), world, 1)[0]
     (event,) = [event for event in found.events if event["kind"] == "rollouts"]
     assert event["verifiers"]["function"]["failures"] == {"raised": 2, "timed out": 2, "not a number": 2}
+    warnings = [event["text"] for event in found.events if event["kind"] == "warning"]
+    assert len(warnings) == 3 and all("2 of 8 answers have no reward" in text for text in warnings)
+    assert any(f"{path} line 1: verifier function raised ValueError: no reward" in text for text in warnings)
     assert event["verifiers"]["function"]["answers"] == 8 and event["reward_mean"] is not None
     assert np.isfinite(found.numbers.losses).all() and np.isfinite(found.numbers.grad_norms).all()
 

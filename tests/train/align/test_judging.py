@@ -44,6 +44,19 @@ def test_a_reward_model_needs_no_verifiers() -> None:
     ]
 
 
+def test_damaged_lines_of_the_journal_are_judged_again(tmp_path: Path) -> None:
+    folder, case = tmp_path / "rewards", Case(0, 0, prompt(RANDOM), "a")
+    folder.mkdir()
+    entry = f'{{"key": "{case.key}", "failure": "", "what": "", "value": '
+    lines = [b"\xff\xfe", *(f"{entry}{value}}}".encode() for value in ("NaN", '"x"', "null", "[1]")), b"[]", b"null"]
+    (folder / "step_00000001.00000.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "step_mine.jsonl").mkdir()
+    with Judges(folder, CONFIG, rank=0) as judges:
+        judges.forget_before(1)
+        (reward,) = judges.rewards([case], step=1)
+    assert reward.value is not None and 0 <= reward.value < 1
+
+
 def test_the_journal_gives_rewards_again_for_the_same_answers_only(tmp_path: Path) -> None:
     folder, ours = tmp_path / "rewards", prompt(RANDOM)
     cases = [Case(0, number, ours, text) for number, text in enumerate(["a", "a", "b"])]

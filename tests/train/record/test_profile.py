@@ -61,6 +61,15 @@ def test_a_profile_of_two_steps_on_one_of_two_ranks(tmp_path: Path) -> None:
     assert all("layer" not in row["name"] and 0 < row["share"] < 1 for row in table)
 
 
+def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile").write_text("a file where the folder belongs")
+    run = recipe_with(**{"run.profile": "2"}).run
+    profiler = Profiler(run, folder=tmp_path, chunks=[], rank=0, device=torch.device("cpu"))
+    profiler.before_step(2)
+    assert profiler.after_step(2) is None and profiler.close() is None
+    assert "rank-00000.json.gz cannot be written" in caplog.text and "The run continues" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "steps"),
     [(None, range(0)), ("3", range(3, 4)), ("3-5", range(3, 6)), ("8", range(8, 9)), ("0001", range(1, 2))],

@@ -26,7 +26,8 @@ def main() -> None:
     results = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     os.dup2(2, 1)
     request = json.loads(sys.stdin.readline())
-    limit = request["memory_bytes"]
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a limit of the shell or the job may be lower
+    limit = request["memory_bytes"] if most == resource.RLIM_INFINITY else min(request["memory_bytes"], most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
