@@ -51,7 +51,7 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         text = (
             f"objective.grpo: a batch has {answers:,} answers (prompts_per_step={config.prompts_per_step:,}, "
             f"generations_per_prompt={config.generations_per_prompt:,}, updates_per_batch={config.updates_per_batch:,}); "
-            f"at most {_MOST_ANSWERS:,} fit into the memory of a rank."
+            f"every rank keeps them in memory, at most {_MOST_ANSWERS:,}."
         )
         found.append(Problem("objective.grpo.generations_per_prompt", text, "Lower them."))
     if config.off_policy_steps and config.importance_cap is None:

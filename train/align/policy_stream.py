@@ -505,8 +505,8 @@ class PolicyStream:
             self._telemetry.event(
                 "warning",
                 step=self._step + 1,
-                text=f"step {self._step + 1:,}: {len(found):,} of {answers:,} answers have no reward, such as one to the prompt of "
-                f"{self._prompts.at(position).place}: {reward.failure}. Correct the prompt or the verifier if this is not "
+                text=f"step {self._step + 1:,}: {len(found):,} of {answers:,} answers have no reward, such as one to the prompt "
+                f"of {self._prompts.at(position).place}: {reward.failure}. Correct the prompt or the verifier if this is not "
                 f"meant. Later failures of this kind are only counted in metrics.jsonl.",
             )
 

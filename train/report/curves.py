@@ -84,7 +84,7 @@ def charts_of(records: Sequence[RunRecord]) -> dict[str, list[Chart]]:
     """Charts by section of the page; a chart without any value is left out."""
     sections = {
         "Training": [
-            Chart("Training loss", "nats per token", [_loss(record) for record in records], is_log=True),
+            Chart("Training loss", "nats", [_loss(record) for record in records], is_log=True),
             Chart(
                 "Held-out text", "bits per byte", [_by_name(record.evaluations, "") for record in records], is_log=True
             ),

@@ -102,7 +102,7 @@ class Chart {
     this.plot = new uPlot({
       width: Math.max(240, this.body.clientWidth), height: 260, series, bands, tzDate: null,
       scales: {x: {time: false, ...(zoom ? {min: zoom[0], max: zoom[1]} : {})}, y},
-      axes: [{...line, values: (u, all) => all.map(short)}, {...line, size: 62, values: (u, all) => all.map(short)}],
+      axes: [{...line, values: (u, all) => all.map(short)}, {...line, size: 74, values: (u, all) => all.map(short)}],
       cursor: {sync: {key: "report"}, drag: {x: true, y: false}},
       legend: {live: true},
       hooks: {setSelect: [u => this.select(u)]},
