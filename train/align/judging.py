@@ -4,7 +4,7 @@
 
 Before the weights change, the rewards of a batch are on disk. A run that was killed draws the same answers again and takes their
 rewards from the journal. An entry's key covers the place of the answer in the run, its text, the prompt and the verifier, so an
-answer that differs is judged anew. Entries older than every checkpoint are deleted.
+answer that differs from its entry is judged again. Entries older than every checkpoint are deleted.
 """
 
 import hashlib

@@ -23,7 +23,7 @@ def stream_pieces(state: Mapping[str, torch.Tensor], *, rank: int) -> list[Piece
 
 
 def read_stream_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The state in a checkpoint by name, after its fingerprints were compared; empty if there is none. Not collective.
+    """The state in a checkpoint by name, with checked fingerprints; empty if the checkpoint has none. Not collective.
 
     Raises CheckpointError for a damaged one.
     """
