@@ -165,4 +165,4 @@ def test_a_run_of_sick_steps_only_is_refused_with_what_is_wrong(tmp_path: Path) 
     run_ranks(1, save_anyway, tmp_path, (1, 2, 3))
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete:(\n.*NaN or infinity.*){3}"):
         steps.newest_in(tmp_path)
-    assert "No earlier checkpoint without them" in finite.advice_after_not_finite(tmp_path)
+    assert "No earlier checkpoint without them" in finite.advice_after_not_finite(tmp_path, remedies="care")
