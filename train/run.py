@@ -307,6 +307,11 @@ def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
 
 
 def _set_threads(threads: int) -> None:
+    """run.threads, or what OMP_NUM_THREADS says, or this process's share of the cores. torch has read the variable already. The 1
+    that torchrun sets by itself cannot be told from a user's, so under torchrun 1 does not count."""
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    if not threads and variable and not ("TORCHELASTIC_RUN_ID" in os.environ and variable == "1"):
+        return
     cores = len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, cores // local))

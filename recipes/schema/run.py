@@ -30,7 +30,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one."""
     threads: Count = 0
-    """CPU threads of a process; 0: divide the machine's cores among the processes on it."""
+    """CPU threads of a process; 0: the environment variable OMP_NUM_THREADS, or without it the machine's cores divided among the
+    processes on it. (Under torchrun, which sets OMP_NUM_THREADS=1 by itself, 1 counts as not set.)"""
     stop_after_steps: PositiveInt | None = None
     """Stop, with a checkpoint, after this many steps of this process; null: train to `steps`. For machines with time slices."""
     start_from: str | None = None
