@@ -30,6 +30,7 @@ from train.align.frozen_models import FrozenModels, check_frozen_models, open_fr
 from train.align.policy_stream import PolicyStream
 from train.align.reference import Attach, open_reference, reference_of
 from train.build import build_engine, check_start, mesh_of, open_material
+from train.checkpoint.finite import remedies_of
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
@@ -90,7 +91,7 @@ def train(recipe: Recipe) -> RunEnd:
 def _train(
     recipe: Recipe, *, mesh: Mesh, material: Dataset | PromptSet, folder: Path, check_lease: Callable[[], None]
 ) -> RunEnd:
-    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint, remedies=remedies_of(recipe))
     tokenizer = material.tokenizer
     tasks = open_training_tasks(recipe, tokenizer)
     # run.start_from is only used by a new run: a run with checkpoints continues from its own.

@@ -49,6 +49,8 @@ class Screen:
         self._first = first_step
         self._started: float | None = None
         self._precision_at = precision_at
+        self._reward: float | None = None
+        """Mean reward of the newest batch of answers; None if the objective has none."""
         self._live = live and self._console.is_terminal
         step = f"{total_steps}/{total_steps}"
         room = max(len("loss 8.8523"), self._console.width - len(f"evaluating  {step}  {_ELAPSED} {_LEFT}") - 1)
@@ -83,6 +85,8 @@ class Screen:
 
     def write(self, lines: list[Line]) -> None:
         for line in lines:
+            if line["kind"] == "rollouts":
+                self._reward = self._reward if line["reward_mean"] is None else line["reward_mean"]
             if line["kind"] != "step" and (text := self._event_text(line)):
                 self._say(text)
         steps = [line for line in lines if line["kind"] == "step"]
@@ -91,6 +95,8 @@ class Screen:
         last = steps[-1]
         speed = len(steps) / sum(1 / line["tokens_per_s"] for line in steps)
         numbers = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s"
+        if self._reward is not None:
+            numbers = f"reward {self._reward:.3f}  KL {last['loss_parts']['kl']:.4f}  {numbers}"
         if "mfu" in last:
             numbers += f"  MFU {100 * last['mfu'] * speed / last['tokens_per_s']:.0f} %"
         if precision := self._precision_at(last["tokens"]):
