@@ -116,6 +116,7 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
             seed=recipe.run.seed,
             timeout_s=recipe.launch.timeout_s,
             teacher_tensor=objective.teacher_tensor or recipe.parallel.tensor if has_teacher else None,
+            memory_copies=recipe.run.memory_copies.every_steps > 0,
         )
     finally:
         close_mesh()

@@ -1,8 +1,9 @@
 """The training loop: everything that happens at a step, in order.
 
     rows --> forward, backward, update --> record --> evaluate if due --> save if due --> save events --> stop on a signal
+         --> copy into memory if due
 
-A background save copies the state while the next step runs forward and backward; only the update waits for it.
+A background save and a copy in memory read the state while the next step runs forward and backward; only the update waits.
 
 The loop's state is two integers, `step` and `position`; everything else is in the engine or on disk.
 """
@@ -17,6 +18,7 @@ from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
+from train.copies.memory_copies import MemoryCopies
 from train.engine import Engine
 from train.record.profile import GarbageControl, Profiler, phase
 from train.record.stopwatch import Stopwatch
@@ -62,12 +64,14 @@ def train_loop(
     evaluate: Callable[[int], None],
     checkpoints: CheckpointFolder,
     save: Callable[..., None],
+    copies: MemoryCopies | None = None,
+    copy: Callable[[int, int], None] | None = None,
     profiler: Profiler,
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
-    evaluate(step), save(step, position, background=...): called on every rank. Raises NumericsError, CheckpointError,
-    DataError.
+    evaluate(step), save(step, position, background=...), copy(step, position): called on every rank. Raises NumericsError,
+    CheckpointError, DataError.
     """
     run, mesh = recipe.run, engine.mesh
     step = first_step
@@ -94,8 +98,14 @@ def train_loop(
         that arrives later is seen in the next step."""
         nonlocal flags_of_all_ranks
         checkpoints.before_update()
+        if copies is not None:
+            copies.before_update()
         flags_of_all_ranks = mesh.begin_any_of(
-            *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
+            *(signals.received == number for number in WATCHED),
+            checkpoints.is_writing,
+            checkpoints.has_failed,
+            copies is not None and copies.is_copying,
+            copies is not None and copies.has_failed,
         )
 
     with StopSignals() as signals, GarbageControl(run.garbage_every_steps) as garbage:
@@ -160,13 +170,18 @@ def train_loop(
                 flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
             # All ranks get the same flags, so they all break, raise or continue together.
-            *signalled, writing, failed = flags_of_all_ranks()
+            *signalled, writing, failed, is_copying, copy_failed = flags_of_all_ranks()
             _record_saves(telemetry, checkpoints, recipe=recipe, watch=watch)
             if failed and not writing:
                 checkpoints.check()
             if any(signalled):
                 received = WATCHED[signalled.index(True)]
                 break
+            if copies is not None and copies.is_on and copy_failed:
+                telemetry.event("warning", text=copies.turn_off())
+            if copies is not None and copy is not None and copies.is_due(step) and step < last_step and not is_copying:
+                flush()
+                copy(step, stream.position)
 
         flush()
         checkpoints.wait()
@@ -179,7 +194,9 @@ def train_loop(
             if is_too_late:
                 telemetry.event("warning", text=text or "another rank has no time left for another save")
                 step = saved
-        if step > first_step and checkpoints.saved_step != step:
+        if (
+            step > 0 and checkpoints.saved_step != step
+        ):  # also without a step here: a run continued from memory is not saved
             save(step, stream.position, background=False)
         _record_saves(telemetry, checkpoints, recipe=recipe)
         checkpoints.check(always=True)

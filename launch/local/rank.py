@@ -19,6 +19,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
+from data.system.node import node_name
 from data.system.parent import end_with_parent
 from launch.local.continuation import STOPPED
 from launch.local.failures import RankFailure, record_stop, write_failure
@@ -129,8 +130,7 @@ def _record(status: int, error: str) -> None:
     folder = os.environ.get(LOGS)
     if folder is not None:
         rank = int(os.environ.get("RANK", "0"))
-        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        write_failure(Path(folder), RankFailure(rank, status, time.time(), host, error))
+        write_failure(Path(folder), RankFailure(rank, status, time.time(), node_name(), error))
 
 
 def _print_error(text: str) -> None:
