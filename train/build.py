@@ -194,7 +194,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
-    connect(wrapped, optimizer)
+    reduction = connect(wrapped, optimizer)
     return Engine(
         mesh=mesh,
         chunks=wrapped,
@@ -207,6 +207,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,
+        reduction=reduction,
     )
 
 

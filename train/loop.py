@@ -10,21 +10,27 @@ The loop's state is two integers, `step` and `position`; everything else is in t
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
+from recipes.schema.layout import stages_of
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
 from train.copies.memory_copies import MemoryCopies
 from train.engine import Engine
+from train.parallel.mesh import Mesh
 from train.record.profile import GarbageControl, Profiler, phase
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
+from train.resilience.stragglers import WINDOW, Stragglers, typical
 from train.step import train_step
+
+_RANKS_RECORDED = 64
+"""Ranks in a table of times: the slowest."""
 
 
 class Microbatches(Protocol):
@@ -79,6 +85,8 @@ def train_loop(
     last_step = run.steps
     received: signal.Signals | None = None
     writing = False
+    stragglers = Stragglers(stages_of(mesh.layout)) if mesh.layout.data > 1 else None
+    watches: list[Stopwatch] = []
     flags_of_all_ranks: Callable[[], list[bool]]
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
@@ -147,6 +155,11 @@ def train_loop(
                 step_tokens=stream.step_tokens,
                 labels=result.labels,
             )
+            watches.append(watch)
+            if len(watches) == WINDOW:
+                if stragglers is not None:
+                    _compare_ranks(telemetry, stragglers, mesh=mesh, watches=watches, step=step)
+                watches.clear()
             if is_measured(step):
                 telemetry.flush()
                 telemetry.precision(
@@ -206,6 +219,18 @@ def train_loop(
     if step >= run.steps:
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
+
+
+def _compare_ranks(
+    telemetry: Telemetry, stragglers: Stragglers, *, mesh: Mesh, watches: Sequence[Stopwatch], step: int
+) -> None:
+    """Record each rank's median time of forward and backward passes, and warn about slow ranks. Collective over the world."""
+    ranks = mesh.gather_objects(typical([watch.seconds()["forward_backward"] for watch in watches]))
+    slowest = sorted(range(len(ranks)), key=lambda rank: -ranks[rank].log_s)[:_RANKS_RECORDED]
+    table = {str(rank): math.exp(ranks[rank].log_s) for rank in slowest}
+    telemetry.event("ranks", step=step, steps=len(watches), forward_backward_s=table)
+    for slow in stragglers.window(ranks):
+        telemetry.event("warning", text=f"step {step:,}: {slow} (forward and backward, {2 * len(watches)} steps)")
 
 
 def _grace_s(recipe: Recipe, received: signal.Signals) -> float:
