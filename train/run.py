@@ -17,7 +17,7 @@ import torch
 from data.chat.prompts import PromptSet
 from data.stream import Dataset, Stream
 from data.system import disk
-from recipes.schema.errors import CheckpointError, refuse
+from recipes.schema.errors import CheckpointError, NumericsError, refuse
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.facts import named
 from recipes.schema.pattern import flops_per_token, parameters
@@ -33,9 +33,11 @@ from train.build import build_engine, check_start, mesh_of, open_material
 from train.checkpoint.finite import remedies_of
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
-from train.checkpoint.resume import TEACHER, resume
+from train.checkpoint.resume import TEACHER
 from train.checkpoint.saving import Peers
 from train.checkpoint.stream_state import read_stream_state
+from train.copies.place import forget_token
+from train.copies.restore import open_copies, resume_from_either
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.evaluate.ask import TaskResult
@@ -110,20 +112,17 @@ def _train(
     if isinstance(material, PromptSet):
         frozen = open_frozen_models(recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod)
     kernels = _kernels(mesh)
-    start = resume(
-        checkpoints,
-        engine,
-        recipe=recipe,
-        new=RunState(
-            recipe=mapping,
-            data_hash=material.manifest_hash,
-            tokenizer=tokenizer.fingerprint,
-            kernels=kernels,
-            lineage=origin,
-        ),
+    copies = open_copies(recipe.run.memory_copies, mesh, folder)
+    new = RunState(
+        recipe=mapping,
+        data_hash=material.manifest_hash,
+        tokenizer=tokenizer.fingerprint,
+        kernels=kernels,
+        lineage=origin,
     )
+    start, used = resume_from_either(copies, checkpoints, engine, recipe=recipe, new=new)
     step, position = start.state.step, start.state.position
-    if start.path is not None:
+    if step > 0:
         check_frozen_models(frozen, recipe, before=start.state.lineage)
     start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
     if mesh.rank == 0:
@@ -136,7 +135,9 @@ def _train(
     reference: Attach | None = None
     if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
         weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=tokenizer.fingerprint)
-        reference = open_reference(recipe, engine, material, weights, folder=folder, is_new=not checkpoints.published())
+        reference = open_reference(
+            recipe, engine, material, weights, folder=folder, is_new=step == 0 and not checkpoints.published()
+        )
         engine = replace(engine, prepare=reference)
 
     with ExitStack() as stack:
@@ -168,7 +169,7 @@ def _train(
                 telemetry=telemetry,
                 folder=folder,
                 start=start.state,
-                state=read_stream_state(start.path) if start.path is not None else {},
+                state=read_stream_state(start.path) if start.path is not None else start.stream,
                 oldest_step=checkpoints.oldest_step,
             )
         else:
@@ -192,12 +193,23 @@ def _train(
                     results = task_scores(engine, tasks, tokenizer, shape=recipe.model)
                 telemetry.event("tasks", step=at, tasks=results)
 
+        def state_at(at: int, rows: int) -> RunState:
+            return replace(start.state, step=at, position=rows, tokens=stream.tokens)
+
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()
             with telemetry.phase("staging" if background else "saving"):
-                state = replace(start.state, step=at, position=rows, tokens=stream.tokens)
-                checkpoints.request(engine, state, stream=stream.state(), background=background)
+                checkpoints.request(engine, state_at(at, rows), stream=stream.state(), background=background)
 
+        def copy(at: int, rows: int) -> None:
+            assert copies is not None, "called only if copies are due"
+            copies.request(engine, state_at(at, rows), stream=stream.state())
+
+        if copies is not None:
+            warning = copies.prepare(engine, state_at(step, position), stream=stream.state(), used=used)
+            if warning is not None:
+                telemetry.event("warning", text=warning)
+            stack.callback(copies.close)
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
         stack.callback(profiler.close)
@@ -216,17 +228,29 @@ def _train(
         )
         if step == 0:
             evaluate(0)
-        end = train_loop(
-            recipe,
-            engine=engine,
-            stream=stream,
-            telemetry=telemetry,
-            first_step=step,
-            evaluate=evaluate,
-            checkpoints=checkpoints,
-            save=save,
-            profiler=profiler,
-        )
+        try:
+            end = train_loop(
+                recipe,
+                engine=engine,
+                stream=stream,
+                telemetry=telemetry,
+                first_step=step,
+                evaluate=evaluate,
+                checkpoints=checkpoints,
+                save=save,
+                copies=copies,
+                copy=copy,
+                profiler=profiler,
+            )
+        except NumericsError:
+            if copies is not None:
+                copies.delete()  # the next start must go back to a checkpoint, as the error says
+            raise
+        if copies is not None:
+            telemetry.event("memory_copies", step=end.step, count=copies.made, stall_s=copies.stall_s)
+            copies.end(end.step)
+            if mesh.rank == 0:
+                forget_token(folder)
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 
 

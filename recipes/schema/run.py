@@ -3,10 +3,11 @@
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from recipes.schema.fields import Count, PositiveInt, Seed
+from recipes.schema.memory_copies import MemoryCopiesConfig
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,5 @@ class RunConfig:
     garbage_every_steps: Count = 50
     """Steps between collections of Python's cyclic garbage. In between, none interrupts a step: with many ranks each pause delays
     all others. 0: leave it to Python."""
+    memory_copies: MemoryCopiesConfig = field(default_factory=MemoryCopiesConfig)
+    """Copies of the training state in memory, for a fast return after a failure."""
