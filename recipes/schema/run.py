@@ -8,6 +8,7 @@ from typing import Literal
 
 from recipes.schema.fields import Count, PositiveInt, Seed
 from recipes.schema.memory_copies import MemoryCopiesConfig
+from recipes.schema.spikes import SpikesConfig
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,5 @@ class RunConfig:
     all others. 0: leave it to Python."""
     memory_copies: MemoryCopiesConfig = field(default_factory=MemoryCopiesConfig)
     """Copies of the training state in memory, for a fast return after a failure."""
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    """What happens when a loss or gradient is not finite, or an outlier."""
