@@ -157,6 +157,7 @@ def _train(
             flops_per_token=flops_per_token(recipe.model, recipe.data.row_tokens).total,
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
+            data_hash=material.manifest_hash,
             loss_parts=engine.loss_parts,
             kernels=kernels,
             precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
