@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.pattern import GATED, LayerKind
 
 Modules = Literal["reference", "te"]
 LOSS_PART = 1 << 24
@@ -70,7 +70,7 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
     match kind:
         case "-":
             f = m.ffn / shape.tensor
-            gated = m.activation in ("swiglu", "geglu")
+            gated = m.activation in GATED
             kept += tokens * f * ((2 if gated else 1) * e + copy)
         case "*" | "w":
             kept += _attention_bytes(shape, copy=copy, is_low=is_low and te)
@@ -136,7 +136,7 @@ def layer_workspace(shape: Shape, pattern: str) -> float:
     """Temporary bytes of one layer's backward pass: the gradients of its widest activation and of its input."""
     m = shape.model
     widths = {
-        "-": (2 if m.activation in ("swiglu", "geglu") else 1) * m.ffn * 2.0,
+        "-": (2 if m.activation in GATED else 1) * m.ffn * 2.0,
         "*": 2.0 * (m.heads + m.kv_heads) * m.head_dim,
         "w": 2.0 * (m.heads + m.kv_heads) * m.head_dim,
         "M": 2.0 * (3 * m.mamba_heads * m.mamba_head_dim + 2 * m.mamba_groups * m.mamba_state),

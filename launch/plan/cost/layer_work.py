@@ -7,7 +7,7 @@ A multiply-add is 2 FLOPs. `tokens` (T below) is the number of tokens of a micro
 from dataclasses import dataclass
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind, visible_keys
+from recipes.schema.pattern import GATED, LayerKind, visible_keys
 from recipes.schema.scaling import linear_shapes
 
 
@@ -64,7 +64,7 @@ def layer_work(
     score_flops = scan_flops = ring = exchange = 0.0
     match kind:
         case "-":
-            gates = 2 if model.activation in ("swiglu", "geglu") else 1
+            gates = 2 if model.activation in GATED else 1
             inner = 2.0 * model.ffn * tokens / tensor
             forward += (gates + 1) * inner  # reads the branches, writes the product
             backward += (
