@@ -83,11 +83,11 @@ class _Combine(torch.autograd.Function):
         return rows.mul_(weight.to(wide)[:, None]).to(y.dtype), grad_weight, None, None
 
 
-class Experts(nn.Module):
+class Experts(MegatronModule):
     """The routed experts of this rank: fc1, activation, fc2 on rows sorted by expert."""
 
     def __init__(self, config: TransformerConfig, *, width: int, groups: Any) -> None:
-        super().__init__()
+        super().__init__(config)  # whose sharded state asks each linear for its own
         assert config.moe_ffn_hidden_size is not None
         ffn, self.activation = config.moe_ffn_hidden_size, config.activation_func
         branches = 2 if config.gated_linear_unit else 1
