@@ -169,9 +169,7 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """Every parameter once."""
-        return (
-            self.embedding + self.head + self.mamba + self.attention + self.mlp + self.experts + self.final_norm
-        )
+        return self.embedding + self.head + self.mamba + self.attention + self.mlp + self.experts + self.final_norm
 
     @property
     def active(self) -> int:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import RecipeError
-from recipes.schema.foreign import printable, read_json
 from recipes.schema.experts import ExpertsConfig
+from recipes.schema.foreign import printable, read_json
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
 from recipes.schema.typed import FieldError, build
@@ -341,7 +341,9 @@ def _not_their_experts(experts: ExpertsConfig) -> list[str]:
     if experts.capacity is not None:
         problems.append(f"{key}.capacity={experts.capacity:g}")
     if experts.groups > 1 and experts.top_k != 2 * experts.top_groups:
-        problems.append(f"{key}.top_k={experts.top_k} from top_groups={experts.top_groups}: the class takes two of each")
+        problems.append(
+            f"{key}.top_k={experts.top_k} from top_groups={experts.top_groups}: the class takes two of each"
+        )
     return problems
 
 

@@ -114,12 +114,8 @@ _NEMOTRON: dict[str, tuple[Rule, ...]] = {
         Rule({"pre_mlp_layernorm.weight": "h"}, {"norm.weight": "h"}),
         Rule({"mlp.router.weight": "x h"}, {"mixer.gate.weight": "x h"}),
         Rule({"mlp.router.expert_bias": "x"}, {"mixer.gate.e_score_correction_bias": "x"}, full=True),
-        Rule(
-            {"mlp.experts.linear_fc1.weight": "x g l"}, {"mixer.experts.{}.up_proj.weight": "g l"}, move="experts"
-        ),
-        Rule(
-            {"mlp.experts.linear_fc2.weight": "x l g"}, {"mixer.experts.{}.down_proj.weight": "l g"}, move="experts"
-        ),
+        Rule({"mlp.experts.linear_fc1.weight": "x g l"}, {"mixer.experts.{}.up_proj.weight": "g l"}, move="experts"),
+        Rule({"mlp.experts.linear_fc2.weight": "x l g"}, {"mixer.experts.{}.down_proj.weight": "l g"}, move="experts"),
         Rule({"mlp.shared_experts.linear_fc1.weight": "s h"}, {"mixer.shared_experts.up_proj.weight": "s h"}),
         Rule({"mlp.shared_experts.linear_fc2.weight": "h s"}, {"mixer.shared_experts.down_proj.weight": "h s"}),
     ),

@@ -91,7 +91,9 @@ class Experts(MegatronModule):
         assert config.moe_ffn_hidden_size is not None
         ffn, self.activation = config.moe_ffn_hidden_size, config.activation_func
         branches = 2 if config.gated_linear_unit else 1
-        self.linear_fc1 = GroupedLinear(config, inputs=width, outputs=ffn, branches=branches, split="out", groups=groups)
+        self.linear_fc1 = GroupedLinear(
+            config, inputs=width, outputs=ffn, branches=branches, split="out", groups=groups
+        )
         self.linear_fc2 = GroupedLinear(config, inputs=ffn, outputs=width, split="in", groups=groups)
 
     def forward(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:

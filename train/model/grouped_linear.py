@@ -79,9 +79,7 @@ class GroupedLinear(nn.Module):
         experts = config.num_moe_experts // ranks
         rows, columns = (outputs // tensor, inputs) if split == "out" else (outputs, inputs // tensor)
         shape = (experts, rows, columns) if branches == 1 else (experts, branches, rows, columns)
-        self.weight = nn.Parameter(
-            torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
         self.split_dim = len(shape) - (2 if split == "out" else 1)
         self.first_expert = groups.ep.rank() * experts
         # For Megatron's DDP and optimizer: a weight of experts at every degree, also 1, so that the optimizer has the same parts
@@ -114,7 +112,9 @@ class GroupedLinear(nn.Module):
         offsets = [(0, groups.ep.rank(), groups.ep.size())]
         offsets += [(self.split_dim, groups.expt_tp.rank(), groups.expt_tp.size())] * (groups.expt_tp.size() > 1)
         key = f"{prefix}weight"
-        found = {key: ShardedTensor.from_rank_offsets(key, self.weight, *offsets, replica_id=(0, 0, groups.expt_dp.rank()))}
+        found = {
+            key: ShardedTensor.from_rank_offsets(key, self.weight, *offsets, replica_id=(0, 0, groups.expt_dp.rank()))
+        }
         for name, buffer in self.named_buffers():
             key = f"{prefix}{name}"
             copy = (0, groups.ep.rank() * groups.expt_tp.size() + groups.expt_tp.rank(), groups.expt_dp.rank())

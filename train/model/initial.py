@@ -28,7 +28,15 @@ from recipes.schema.pattern import layer_kinds
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight", "latent_out.weight")
 HEAD = "output_layer.weight"
-_PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", HEAD, "router.weight", "latent_in.weight")
+_PLAIN = (
+    "linear_qkv.weight",
+    "linear_fc1.weight",
+    "in_proj.weight",
+    "word_embeddings.weight",
+    HEAD,
+    "router.weight",
+    "latent_in.weight",
+)
 _GATED_NORM = "mixer.norm.weight"
 _NORMS = ("norm.weight", "layernorm.weight", "layer_norm_weight")
 A_RANGE = (1.0, 16.0)
