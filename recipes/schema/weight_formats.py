@@ -109,6 +109,7 @@ def stored_linears(model: ModelConfig) -> Iterator[tuple[int, str, Shape]]:
         "M": {"in_proj": (in_proj, model.hidden), "out_proj": (model.hidden, inner)},
         "*": attention,
         "w": attention,
+        "E": {},  # `expert_rules` refuses the formats for them
         "-": gate | {"up": (model.ffn, model.hidden), "down": (model.hidden, model.ffn)},
     }
     for layer, kind in enumerate(layer_kinds(model.pattern)):

@@ -424,8 +424,8 @@ def _experts_of(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     top_k = found["top_k"]
     if isinstance(top_k, int) and is_normalised != (top_k > 1):
         problems.append(
-            f"norm_topk_prob={is_normalised} with num_experts_per_tok={top_k}: here the weights of the chosen experts are divided "
-            f"by their sum exactly if there are several"
+            f"norm_topk_prob={is_normalised} with num_experts_per_tok={top_k}: the weights of the chosen experts are divided by "
+            f"their sum here exactly if there are several"
         )
     return found
 

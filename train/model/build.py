@@ -236,7 +236,11 @@ def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool
         params=after,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=backend.norm(),
-            mlp=partial(ExpertLayer, experts=model.experts, shared=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=partial(
+                ExpertLayer,
+                experts=model.experts,
+                shared=MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=row),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -12,6 +12,8 @@ Letters of shapes: S sequence, B rows, H hidden, T = S B tokens of this rank, E 
 experts (T x top_k without drops).
 """
 
+import math
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from train.model.activation import FeedForward
 from train.model.grouped_linear import GroupedLinear
 from train.model.linear import fast_linear
 from train.parallel.exchange import exchange_rows, gather_rows, scatter_rows
+from train.parallel.mesh import Mesh
 
 
 def router_options(experts: ExpertsConfig) -> dict[str, Any]:
@@ -60,8 +63,78 @@ class Load:
     per_expert: torch.Tensor
     """Rows of each expert after drops, int64 [E]."""
     tokens: int = 0
-    entropy: float | torch.Tensor = 0.0
+    entropy: float = 0.0
     """Sum over tokens of the entropy of the scores, in nats, as if they were a distribution over all experts."""
+
+
+@dataclass(frozen=True)
+class LoadReading:
+    """The router of one layer since the last reading, over all ranks."""
+
+    layer: int
+    """Index in the model, from 0."""
+    load_max: float
+    """Rows of the busiest expert, as a multiple of the mean."""
+    load_min: float
+    entropy: float
+    """Mean entropy of a token's scores, as a share of the largest possible: 1 if all experts are equally likely."""
+    dropped: float
+    """Share of a token's choices that were dropped for lack of capacity."""
+    bias_min: float
+    """Smallest bias with which experts are chosen; 0 without a bias."""
+    bias_max: float
+
+
+def expert_loads(chunks: Sequence[Any], mesh: Mesh) -> list[LoadReading]:
+    """The reading of every `E` layer, in order, and a new start for the next one; [] for a model without any.
+
+    Collective over the world.
+    """
+    config = chunks[0].module.config
+    if config.num_moe_experts is None:
+        return []
+    mine = {}
+    for chunk in chunks:
+        for part in chunk.modules():
+            if isinstance(part, ExpertLayer):
+                mine[part.layer_number - 1] = part.take_load()
+    ranks = mesh.gather_objects(mine)
+    readings = []
+    for layer in sorted({layer for rank in ranks for layer in rank}):
+        found = [rank[layer] for rank in ranks if layer in rank]
+        rows = torch.stack([load.per_expert for load, _ in found]).sum(0).double()
+        tokens = max(1, sum(load.tokens for load, _ in found))
+        mean = max(float(rows.mean()), 1.0)
+        entropy = sum(float(load.entropy) for load, _ in found) / tokens
+        low, high = found[0][1]
+        readings.append(
+            LoadReading(
+                layer=layer,
+                load_max=float(rows.max()) / mean,
+                load_min=float(rows.min()) / mean,
+                entropy=entropy / math.log(config.num_moe_experts) if config.num_moe_experts > 1 else 1.0,
+                dropped=1 - float(rows.sum()) / (tokens * config.moe_router_topk),
+                bias_min=low,
+                bias_max=high,
+            )
+        )
+    return readings
+
+
+class Router(TopKRouter):
+    """Megatron's router, which also sums the entropy of its scores."""
+
+    entropy: torch.Tensor | float = 0.0
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        """logits [sequence, rows, experts] -> (weights, choices), both [tokens, experts]."""
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                wide = logits.float()
+                scores = torch.sigmoid(wide) if self.score_function == "sigmoid" else wide.softmax(-1)
+                shares = scores / scores.sum(-1, keepdim=True)
+                self.entropy = self.entropy + torch.special.entr(shares).sum()
+        return super().routing(logits, padding_mask=padding_mask)
 
 
 class _Combine(torch.autograd.Function):
@@ -117,7 +190,7 @@ class ExpertLayer(MegatronModule):
         super().__init__(config)
         self.groups = pg_collection
         device = torch.cuda.current_device()
-        self.router = TopKRouter(config, pg_collection=pg_collection).to(device)
+        self.router = Router(config, pg_collection=pg_collection).to(device)
         width = experts.latent or config.hidden_size
         self.latent_in = self.latent_out = None
         if experts.latent:
@@ -143,7 +216,8 @@ class ExpertLayer(MegatronModule):
         the tensor group (shared expert)."""
         weights_TE, chosen_TE = self.router(hidden_SBH)
         if self.training and torch.is_grad_enabled():
-            self._count(hidden_SBH, chosen_TE)
+            self.load.per_expert += chosen_TE.sum(0)
+            self.load.tokens += chosen_TE.shape[0]
         x = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         if self.latent_in is not None:
             x = _projected(x, self.latent_in.weight)
@@ -187,10 +261,13 @@ class ExpertLayer(MegatronModule):
         y = scatter_rows(y.index_select(0, back), counts=of_peers, group=tensor)
         return exchange_rows(y, send=receive, receive=send, group=expert)
 
-    @torch.no_grad()
-    def _count(self, hidden_SBH: torch.Tensor, chosen_TE: torch.Tensor) -> None:
-        self.load.per_expert += chosen_TE.sum(0)
-        self.load.tokens += chosen_TE.shape[0]
+    def take_load(self) -> tuple[Load, tuple[float, float]]:
+        """This rank's load since the last call, and the range of the bias."""
+        load = Load(self.load.per_expert.cpu(), self.load.tokens, float(self.router.entropy))
+        self.load = Load(torch.zeros_like(self.load.per_expert))
+        self.router.entropy = 0.0
+        bias = self.router.expert_bias
+        return load, (0.0, 0.0) if bias is None else (float(bias.min()), float(bias.max()))
 
 
 def _projection(config: TransformerConfig, inputs: int, outputs: int) -> nn.Linear:

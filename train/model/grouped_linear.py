@@ -81,6 +81,7 @@ class GroupedLinear(nn.Module):
         shape = (experts, rows, columns) if branches == 1 else (experts, branches, rows, columns)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
         self.split_dim = len(shape) - (2 if split == "out" else 1)
+        self.experts = experts
         self.first_expert = groups.ep.rank() * experts
         # For Megatron's DDP and optimizer: a weight of experts at every degree, also 1, so that the optimizer has the same parts
         # at every layout. Its gradient is reduced over the ranks with the same experts, and each rank's part counts in the norm.

@@ -1,8 +1,8 @@
 """Expert layers train as one process at every layout: losses, gradient norms, and all weights and biases after five steps.
 
-Losses and norms agree to rounding (`ROUNDING` of test_layouts_agree). Weights may be further apart: AdamW divides a gradient by its
-own size, so an element whose gradient is near zero moves by rounding alone. Measured over these layouts, a tensor's difference is
-at most 1.3e-5 of its norm; a load counted twice moves every bias, an auxiliary loss scaled twice the gradient norm by 1e-3.
+Losses and norms agree to rounding (`ROUNDING` of test_layouts_agree). Weights may be further apart: AdamW divides a gradient by
+its own size, so an element whose gradient is near zero moves by rounding alone. Measured over these layouts, a tensor differs by
+at most 1.3e-5 of its norm. Biases move by whole steps and must be equal.
 """
 
 from dataclasses import replace
