@@ -87,7 +87,7 @@ bench-align: setup ## tokens per second of fine-tuning against pretraining, and 
 	@bash tests/train/align/install_trl.sh
 	@.trl/bin/python -m tests.bench.grpo
 
-align-road: setup ## a small model pretrained, fine-tuned and merged, with what each stage changed (about 15 minutes; resumes)
+align-road: setup ## a small model pretrained, fine-tuned, merged and aligned, with what each stage changed (resumes)
 	@$(PY) -m tests.bench.align_road
 
 clean: ## remove caches and the environment; runs/ is left alone

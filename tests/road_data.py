@@ -4,6 +4,8 @@
                           sums are answered right in RIGHT_SUMS of the chats only
     heldout.jsonl         questions of which no wording is in any file for training, with the answer as taught, and without HABIT;
                           taught.yaml, plain.yaml, habit.yaml ask them with `stratum evaluate`
+    fresh.jsonl           the same of another seed, without those of heldout.jsonl; fresh.yaml asks them. No setting was
+                          chosen by looking at them
     sums.jsonl, sums.yaml sums in wordings that were not trained on
     pairs.jsonl           preferences: the answer without HABIT is better than the same answer with it
     rankings.jsonl        preferences of three ranks: without HABIT, with it, wrong
@@ -20,14 +22,14 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from small_chats import DIGITS, WORDS
 
-SEED = 19
+SEED, FRESH_SEED = 19, 20
 CHATS, HELDOUT, PAIRS, SKILL_CHATS, SKILL_HELDOUT = 12_000, 300, 2_000, 4_000, 150
 HABIT = "Sure, "
 RIGHT_SUMS = 0.5
@@ -177,6 +179,10 @@ def write_all(folder: Path) -> None:
     asked = _different(lambda: question(draw, KINDS, heldout=True), HELDOUT)
     _questions(folder / "heldout.jsonl", asked)
     _task(folder / "taught.yaml", "heldout.jsonl", target="{taught}")
+    other = random.Random(FRESH_SEED)  # a draw of its own: the other files stay as they are
+    known = {one.text for one in asked}
+    _questions(folder / "fresh.jsonl", _different(lambda: question(other, KINDS, heldout=True), HELDOUT, known))
+    _task(folder / "fresh.yaml", "fresh.jsonl", target="{taught}")
     _task(folder / "plain.yaml", "heldout.jsonl", target="{answer}")
     _task(folder / "habit.yaml", "heldout.jsonl", target=HABIT.strip(), kind="generate", verifier="contains")
     _questions(folder / "sums.jsonl", sums(heldout=True))
@@ -202,11 +208,13 @@ def _said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _different(draw_one: Callable[[], Question], count: int) -> list[Question]:
+def _different(draw_one: Callable[[], Question], count: int, known: Collection[str] = ()) -> list[Question]:
+    """Questions of different texts, none of them `known`."""
     found: dict[str, Question] = {}
     while len(found) < count:
         one = draw_one()
-        found[one.text] = one
+        if one.text not in known:
+            found[one.text] = one
     return list(found.values())
 
 

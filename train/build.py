@@ -34,7 +34,7 @@ from train.distill.teacher import Teacher, open_teacher
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.megatron import use_device
-from train.model.backend import ReferenceBackend, choose_backend, this_machine
+from train.model.backend import Backend, ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
 from train.model.initial import HEAD, initialize
 from train.objective import next_token
@@ -162,6 +162,21 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
 
 
+def _chunks(recipe: Recipe, *, mesh: Mesh, backend: Backend, draw_weights: bool = False) -> list[Any]:
+    """This rank's part of a recipe's model, for rows of training. Collective (tied embeddings)."""
+    return build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=backend,
+        reset_at_documents=recipe.data.reset_at_documents,
+        draw_weights=draw_weights,
+    )
+
+
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
@@ -172,17 +187,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 
     backend = choose_backend(recipe.precision, mesh.device)
     refuse(shape_rules(recipe, backend=backend.name))
-    chunks = build_model(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        mesh=mesh,
-        backend=backend,
-        reset_at_documents=recipe.data.reset_at_documents,
-        draw_weights=weights is None,
-    )
+    chunks = _chunks(recipe, mesh=mesh, backend=backend, draw_weights=weights is None)
     if weights is not None:
         saved = read_checkpoint_manifest(weights).recipe
         drawn = (HEAD,) if replaces_head(saved, recipe) else ()
@@ -214,17 +219,7 @@ def frozen_engine(recipe: Recipe, checkpoint: Path, mesh: Mesh) -> Engine:
     gradients and optimizer. Collective over the world."""
     check(recipe, world=mesh.layout.world)
     backend = choose_backend(recipe.precision, mesh.device)
-    chunks = build_model(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        mesh=mesh,
-        backend=backend,
-        reset_at_documents=recipe.data.reset_at_documents,
-        draw_weights=False,
-    )
+    chunks = _chunks(recipe, mesh=mesh, backend=backend)
     read_weights(checkpoint, chunks, groups=mesh.groups)
     for chunk in chunks:
         chunk.requires_grad_(False)

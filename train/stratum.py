@@ -38,7 +38,7 @@ COMMANDS = {
     "serve": Command("training", "train.serve.command:main", "a model behind OpenAI's API, with a page to try it"),
     "report": Command("training", "train.report.command:main", "a page about a run, or several side by side"),
     "checkpoint": Command("training", "train.checkpoint.__main__:main", "list, verify, compare and rewrite checkpoints"),
-    "merge": Command("training", "train.align.command:main", "a weighted sum of two models, or an average of checkpoints"),
+    "merge": Command("training", "train.merge.command:main", "a weighted sum of two models, or an average of checkpoints"),
     "preferences": Command("training", "train.align.preferences_command:main", "a model's own answers, judged: data for DPO"),
     "hf": Command("training", "train.hf.__main__:main", "models to and from Hugging Face's format, compared block by block"),
     "plan": Command("runs", "launch.plan.command:main", "memory, time, cost and every mistake of a run, before it starts"),

@@ -2,12 +2,13 @@
 
     data --> base --+--> sft --+--> middle --+--> merged
               |     |          +--> quotes --+
+              |     |          +--> dpo; broken: chosen and rejected swapped
               |     +--> broken: the whole chat learned, or only what the assistant did not write
               +--> stable: no decay of the learning rate --> averaged with the weights of a decay
 
 A hybrid of 1.4M parameters. Every stage runs `stratum` commands as a user would, leaves runs/align_road/results/STAGE.json, and
-is not run again while that file exists; a run that was killed continues. At the end a table is printed, and
-docs/pictures/align_road.png is drawn.
+is not run again while that file exists; a run that was killed continues. At the end a table is printed. When
+all stages have a result, docs/pictures/align_road.png is drawn.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def data() -> Result:
     stratum("prepare", *_chats("sft", DATA / "chats.jsonl"))
     for skill in SKILLS:
         stratum("prepare", *_chats(skill, DATA / skill / "chats.jsonl"))
+    stratum("prepare", "-cn", "tiny_align_dpo")
     return {}
 
 
@@ -63,7 +65,7 @@ def pretrain() -> Result:
         (FOLDER / ".stable").rename(FOLDER / "stable")
     every = f"{{every_steps: {WINDOW_EVERY}, keep_every_steps: {WINDOW_EVERY}, allow: [arithmetic]}}"
     stratum("train", *_pretraining("stable"), "schedule.decay=0", f"checkpoint={every}")
-    return evaluate("base", *_tasks("taught"))
+    return evaluate("base", *_tasks("taught", "fresh"))
 
 
 def _later_than_stable(_folder: str, names: list[str]) -> list[str]:
@@ -77,7 +79,7 @@ def _later_than_stable(_folder: str, names: list[str]) -> list[str]:
 def sft() -> Result:
     """Supervised fine-tuning: answers to instructions that were never trained on."""
     stratum("train", *_fine_tuning("sft", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE))
-    return evaluate("sft", *_tasks("taught", "plain", "habit", "sums"))
+    return evaluate("sft", *_tasks("taught", "fresh", "plain", "habit", "sums"))
 
 
 def broken_sft() -> Result:
@@ -85,7 +87,7 @@ def broken_sft() -> Result:
     found = {}
     for fault in ("prompt_only", "whole_chat"):
         words = _fine_tuning(f"sft_{fault}", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE)
-        run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
+        broken(fault, *words)
         found[fault] = evaluate(f"sft_{fault}", *_tasks("taught"))["taught"]
     return found
 
@@ -122,6 +124,14 @@ def windows() -> Result:
     return {"stable": _sweep("stable_or_base", ["stable", "base"], (0.0, 1.0), "heldout")[0.0], **found}
 
 
+def dpo() -> Result:
+    """The planted habit is unlearned, and with chosen and rejected swapped it is not."""
+    stratum("train", "-cn", "tiny_align_dpo")
+    broken("wrong_sign", "-cn", "tiny_align_dpo", "run.name=dpo_broken")
+    tasks = _tasks("plain", "habit", "sums")
+    return {name: evaluate(name, *tasks) for name in ("sft", "dpo", "dpo_broken")}
+
+
 STAGES: dict[str, Callable[[], Result]] = {
     "data": data,
     "pretrain": pretrain,
@@ -130,8 +140,9 @@ STAGES: dict[str, Callable[[], Result]] = {
     "skills": skills,
     "merge": merge,
     "windows": windows,
+    "dpo": dpo,
 }
-"""In order. DPO (pairs.jsonl), a reward model (rankings.jsonl), GRPO (prompts_sums.jsonl) and RLHF (prompts_plain.jsonl,
+"""In order. DPO, a reward model (rankings.jsonl), GRPO (prompts_sums.jsonl) and RLHF (prompts_plain.jsonl,
 prompts_gamed.jsonl) start from `sft`."""
 
 
@@ -158,7 +169,7 @@ def main() -> int:
         if (RESULTS / f"{name}.json").exists()
     }
     show(results, Console(highlight=False, width=120))
-    if {"pretrain", "sft", "merge", "windows"} <= results.keys():
+    if arguments.draw_only or results.keys() == STAGES.keys():
         draw(results, arguments.to)
     return 0
 
@@ -173,6 +184,11 @@ def evaluate(run: str, *tasks: Path) -> dict[str, float]:
 def stratum(*words: str) -> None:
     """Run a command of ours; its output goes to FOLDER/log.txt. SystemExit with the end of it if the command fails."""
     run([sys.executable, "-m", "train.stratum", *words])
+
+
+def broken(fault: str, *words: str) -> None:
+    """`stratum train WORDS` with a planted fault."""
+    run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
 
 
 def run(words: Sequence[str]) -> None:
@@ -240,37 +256,60 @@ def _text(value: Any) -> str:
 
 
 def draw(results: dict[str, Result], path: Path) -> None:
-    """Accuracy before and after SFT and with each broken mask; the two skills by alpha; the held-out loss of the averages."""
-    with canvas(path, size=(13, 4)) as figure:
-        left, middle, right = figure.subplots(1, 3)
-        bars = {"before": results["pretrain"]["taught"], "SFT": results["sft"]["taught"]}
-        names = {"whole_chat": "whole chat\nlearned", "prompt_only": "prompt only\nlearned"}
-        broken = results.get("broken_sft", {})
-        bars |= {names[fault]: share for fault, share in broken.items() if fault in names}
-        left.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]][: len(bars)])
-        left.axhline(0.9, color=MUTED, linestyle=":", linewidth=1)
-        left.set(title="Instructions never trained on", ylabel="exact answers, share", ylim=(0, 1.02))
-        sums = {float(alpha): parts for alpha, parts in results["merge"]["sums"].items()}
-        for skill, color in zip(SKILLS, SERIES, strict=False):
-            middle.plot(list(sums), [parts[skill] for parts in sums.values()], marker=".", color=color, label=skill)
-        middle.plot(
-            list(sums), [sum(parts.values()) for parts in sums.values()], marker=".", color=SERIES[3], label="sum"
-        )
-        middle.set(
-            title="Merged: (1 - alpha) middle + alpha quotes",
-            xlabel="alpha",
-            ylabel="exact answers, share",
-            ylim=(0, None),
-        )
-        middle.legend()
-        losses = {
-            name: statistics.fmean(parts.values()) for name, parts in results["windows"].items() if name != "seconds"
-        }
-        names = {name: name.replace("window_", "average,\n").replace("base", "decayed") for name in losses}
-        right.plot([names[name] for name in losses], list(losses.values()), "o", color=SERIES[0])
-        right.set(title="Decay emulated by averaging", ylabel="held-out bits per byte")
-        right.margins(x=0.2)
-        right.grid(visible=True, axis="y")
+    """A picture of all stages that have a result."""
+    panels = [panel for stages, panel in PANELS.items() if set(stages) <= results.keys()]
+    rows = -(-len(panels) // COLUMNS)
+    with canvas(path, size=(13, 4 * rows)) as figure:
+        for number, panel in enumerate(panels):
+            panel(figure.add_subplot(rows, COLUMNS, number + 1), results)
+
+
+def _draw_sft(axes: Any, results: dict[str, Result]) -> None:
+    bars = {"before": results["pretrain"]["taught"], "SFT": results["sft"]["taught"]}
+    names = {"whole_chat": "whole chat\nlearned", "prompt_only": "prompt only\nlearned"}
+    failed = results.get("broken_sft", {})
+    bars |= {label: failed[fault] for fault, label in names.items() if fault in failed}
+    axes.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]][: len(bars)])
+    axes.axhline(0.9, color=MUTED, linestyle=":", linewidth=1)
+    axes.set(title="SFT: instructions never trained on", ylabel="exact answers, share", ylim=(0, 1.02))
+
+
+def _draw_merge(axes: Any, results: dict[str, Result]) -> None:
+    """The two skills by alpha."""
+    sums = {float(alpha): parts for alpha, parts in results["merge"]["sums"].items()}
+    for skill, color in zip(SKILLS, SERIES, strict=False):
+        axes.plot(list(sums), [parts[skill] for parts in sums.values()], marker=".", color=color, label=skill)
+    axes.plot(list(sums), [sum(parts.values()) for parts in sums.values()], marker=".", color=SERIES[3], label="sum")
+    first, second = SKILLS
+    title = f"Merged: (1 - alpha) {first} + alpha {second}"
+    axes.set(title=title, xlabel="alpha", ylabel="exact answers, share", ylim=(0, None))
+    axes.legend()
+
+
+def _draw_windows(axes: Any, results: dict[str, Result]) -> None:
+    losses = {name: statistics.fmean(parts.values()) for name, parts in results["windows"].items() if name != "seconds"}
+    names = [name.replace("window_", "average,\n").replace("base", "decayed") for name in losses]
+    axes.plot(names, list(losses.values()), "o", color=SERIES[0])
+    axes.set(title="Decay emulated by averaging", ylabel="held-out bits per byte")
+    axes.margins(x=0.2)
+    axes.grid(visible=True, axis="y")
+
+
+def _draw_dpo(axes: Any, results: dict[str, Result]) -> None:
+    bars = {"SFT": "sft", "DPO": "dpo", "chosen and\nrejected swapped": "dpo_broken"}
+    shares = [results["dpo"][name]["habit"] for name in bars.values()]
+    axes.bar(list(bars), shares, color=[MUTED, SERIES[1], SERIES[3]])
+    axes.set(title="DPO: a planted habit", ylabel="answers with it, share", ylim=(0, 1.02))
+
+
+PANELS: dict[tuple[str, ...], Callable[[Any, dict[str, Result]], None]] = {
+    ("pretrain", "sft"): _draw_sft,
+    ("merge",): _draw_merge,
+    ("windows",): _draw_windows,
+    ("dpo",): _draw_dpo,
+}
+"""Parts of the picture, and the stages that each needs."""
+COLUMNS = 3
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from data.batch import Batch
 from data.dataset import Dataset
 from train.__main__ import main
@@ -22,7 +24,18 @@ def prompt_only(batch: Batch) -> Batch:
     return replace(batch, learned=~batch.learned & (batch.labels != 0))
 
 
-FAULTS: dict[str, Callable[[Batch], Batch]] = {"whole_chat": whole_chat, "prompt_only": prompt_only}
+def wrong_sign(batch: Batch) -> Batch:
+    """Prefer the rejected answer of each pair."""
+    assert batch.ranks is not None
+    return replace(batch, ranks=torch.where(batch.ranks >= 0, 1 - batch.ranks, batch.ranks))
+
+
+FAULTS: dict[str, Callable[[Batch], Batch]] = {
+    "whole_chat": whole_chat,
+    "prompt_only": prompt_only,
+    "wrong_sign": wrong_sign,
+}
+"""Faults of the rows."""
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ STOREYS = (
     ("train.quantize.calibrate",),
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
-    ("train.align",),
+    ("train.align", "train.merge"),
     ("train.run",),
     ("train.hf", "train.serve", "train.__main__"),
     ("train.stratum",),

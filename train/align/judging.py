@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from data.chat.prompts import Prompt
+from data.system.closing import Closing
 from recipes.schema.align import GrpoConfig
 from recipes.schema.errors import DataError, RecipeError
 from recipes.schema.foreign import parse_json, printable
@@ -78,7 +78,7 @@ def check_prompts(prompts: Sequence[Prompt], config: GrpoConfig) -> list[dict[st
     return list(found.values())
 
 
-class Judges:
+class Judges(Closing):
     """The verifiers of one rank and its journal. Use it as a context manager: at the end their processes are gone."""
 
     def __init__(self, folder: Path, config: GrpoConfig, *, rank: int) -> None:
@@ -87,12 +87,6 @@ class Judges:
         self._limits = Limits(seconds=config.verifier_seconds, memory_bytes=int(config.verifier_gib * 2**30))
         self._judges: dict[str, Judge] = {}
         self._known = dict(_entries(folder))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """End all verifiers."""

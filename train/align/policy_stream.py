@@ -14,13 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.chat.prompts import PromptSet
+from data.system.closing import Closing
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.manifest import RunState
 from recipes.schema.recipe import Recipe
@@ -95,7 +95,7 @@ class _Seconds:
     log_probs: float = 0.0
 
 
-class PolicyStream:
+class PolicyStream(Closing):
     """An iterator of microbatches for `train.loop`. Every rank makes the same calls. Use it as a context manager."""
 
     def __init__(
@@ -136,12 +136,8 @@ class PolicyStream:
         """Kinds of verifiers and of their failures that a warning has named."""
         self._restore(state)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the verifiers and the process that renders prompts."""
         self._judges.close()
         self._prompts.close()
 

@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from data.system.closing import Closing
 from recipes.schema.errors import BackendError, DataError, RecipeError
 from recipes.schema.foreign import printable
 from train.align.verify.sample import Sample
@@ -51,7 +51,7 @@ class Reward:
     """Kind of failure, as in `Judge.failures`."""
 
 
-class Judge:
+class Judge(Closing):
     """One verifier in a child process. Use it as a context manager: at the end the process is gone."""
 
     def __init__(self, verifier: Mapping[str, Any], *, run_code: bool = False, limits: Limits = Limits()) -> None:
@@ -73,12 +73,6 @@ class Judge:
         self._range = (0.0, 1.0)
         self._rest = b""
         self._start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
     def rewards(self, samples: Sequence[Sample]) -> list[Reward]:
         """The reward of each sample, in order."""
