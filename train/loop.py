@@ -21,6 +21,7 @@ from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
 from train.copies.memory_copies import MemoryCopies
 from train.engine import Engine
+from train.model.experts import expert_loads
 from train.parallel.mesh import Mesh
 from train.record.profile import GarbageControl, Profiler, phase
 from train.record.stopwatch import Stopwatch
@@ -184,6 +185,8 @@ def train_loop(
                     readings=engine.precision.health(),
                     policy=recipe.precision.health_policy,
                 )
+            if step % recipe.telemetry.log_every_steps == 0:
+                telemetry.experts(step, expert_loads(engine.chunks, mesh))
             if result.spike is None and not math.isfinite(result.grad_norm):
                 telemetry.flush()  # record the steps before the failure
                 check_grad_norm(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))

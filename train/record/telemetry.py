@@ -10,6 +10,7 @@ line per step. Everything else is made from metrics.jsonl:
     {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
     {"kind": "skip" | "rollback", "step": 12, "reason": ..., "loss": ..., "grad_norm": ..., "documents": [...], ...}
+    {"kind": "experts", "step": 20, "layers": [{"layer": 1, "load_max": 1.3, "entropy": 0.98, "dropped": 0.0, ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
     {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}
     {"kind": "start" | "resume" | "audit" | "warning" | ..., "step": ..., ...}
@@ -210,6 +211,11 @@ class Telemetry:
                 f"{worst.saturated:.3%} saturated, {worst.underflowed:.3%} became zero"
                 + ("; their layers continue in high precision" if policy == "high_precision" else "")
             )
+
+    def experts(self, step: int, readings: Sequence[Any]) -> None:
+        """Write what the routers of `E` layers did since the last call (`train.model.experts.LoadReading`)."""
+        if readings:
+            self.event("experts", step=step, layers=[asdict(reading) for reading in readings])
 
     def evaluation(self, step: int, by_source: dict[str, float]) -> None:
         """Write held-out bits per byte by source."""
