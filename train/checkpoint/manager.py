@@ -27,7 +27,8 @@ from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.run_folder import POINTER
 from train.checkpoint import finite, publishing, storage
 from train.checkpoint.manifest import Manifest, RunState
-from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
+from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot
+from train.checkpoint.staging import Staging
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 

@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {"TP2": {"parallel.tensor": 2}, "DP2": {}}
 OPTIONS = {
     "objective.grpo.updates_per_batch": 2, "objective.grpo.dynamic_sampling": True, "objective.grpo.temperature": 0.8,
     "objective.grpo.advantage": "leave_one_out", "objective.grpo.mask_overlong": True, "objective.grpo.kl_weight": 0.05,
-    "objective.grpo.off_policy_steps": 1, "objective.grpo.importance_cap": 2.0, "objective.grpo.max_answer_tokens": 24,
+    "objective.grpo.off_policy_steps": 1, "objective.grpo.importance_cap": 2.0, "objective.grpo.max_answer_tokens": 10,
 }  # fmt: skip
 
 
