@@ -77,6 +77,9 @@ bench-data: setup ## reading and tokenizing speed against others, start-up and m
 bench-checkpoint: setup ## saving and loading against the plain disk and torch.distributed.checkpoint (2 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.checkpoint
 
+bench-resilience: setup ## copies in memory: what they cost, and the return after a kill from memory and from disk (3 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.resilience
+
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap
 

@@ -108,5 +108,5 @@ def test_no_prompts_and_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("x")
     with pytest.raises(DataError, match="is not jsonl"):
         read_prompts([str(tmp_path / "p.txt")])
-    with pytest.raises(DataError, match="no file there"):
+    with pytest.raises(DataError, match=r"^objective\.grpo\.prompts=\S+: no file there"):
         read_prompts([str(tmp_path / "none.jsonl")])
