@@ -118,7 +118,8 @@ def bench_return(folder: Path, words: list[str]) -> None:
     """Kill rank 1 of two in the middle of a run, and look at what happened when."""
     run = folder / "return"
     command = [*stratum("launch", "local", "-cn", "smoke"), "run.name=return", f"run.folder={folder}", "--nproc", "2",
-               "run.threads=1", "telemetry.log_every_steps=1", "checkpoint.every_steps=0", "run.steps=14",
+               "run.threads=1", "run.microbatch_rows=4",
+               "telemetry.log_every_steps=1", "checkpoint.every_steps=0", "run.steps=14",
                "run.memory_copies.every_steps=1", f"run.memory_copies.folder={folder}", *words]  # fmt: skip
     started = time.time()
     with (folder / "output").open("w") as output:

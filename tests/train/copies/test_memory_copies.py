@@ -14,7 +14,7 @@ from killed_runs import Kill, Run, contents_at, recipe_in
 from ranks import run_ranks
 from tiny import GEMMA, engine_of, recipe_with, steps_of
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.memory_copies import MemoryCopiesConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
@@ -48,13 +48,14 @@ def with_copies(recipe: Recipe, folder: Path, **fields: Any) -> Recipe:
 
 def state_of(engine: Engine) -> dict[str, Any]:
     """Fingerprint of each piece of this rank's state, and of its whole weights."""
-    snapshot = storage.resident_snapshot_of(engine, RunState(), {})
+    _, small = storage.state_at_boundary(engine, RunState(), {})
+    pieces = [*storage.state_until_update(engine), *small]
     for chunk in engine.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     chunks = [chunk.module for chunk in engine.chunks]
     weights = {f"{i} {n}": p.detach().clone() for i, chunk in enumerate(chunks) for n, p in chunk.named_parameters()}
-    return {piece.label: piece.sums() for piece in snapshot.pieces} | {n: w.tolist() for n, w in weights.items()}
+    return {piece.label: piece.sums() for piece in pieces} | {n: w.tolist() for n, w in weights.items()}
 
 
 def copied(engine: Engine, copies: MemoryCopies, recipe: Recipe, steps: range) -> None:
@@ -67,10 +68,12 @@ def copied(engine: Engine, copies: MemoryCopies, recipe: Recipe, steps: range) -
 
 
 def back(engine: Engine, copies: MemoryCopies, recipe: Recipe, run: Path) -> tuple[int, list[str]]:
-    """Restore the engine from memory. -> the step (0: from nothing), and the notes."""
-    found = resume_from_memory(
-        copies, CheckpointFolder(run / "checkpoints", recipe.checkpoint), engine, recipe=recipe, new=RunState()
-    )
+    """Restore the engine from memory. -> the step (0: from nothing, -1: an error), and the notes."""
+    checkpoints = CheckpointFolder(run / "checkpoints", recipe.checkpoint)
+    try:
+        found = resume_from_memory(copies, checkpoints, engine, recipe=recipe, new=RunState())
+    except CheckpointError as error:
+        return -1, [str(error)]
     text = found.start.text or "" if found.start is not None else "\n".join(found.notes)
     return (found.start.state.step if found.start is not None else 0), text.splitlines()
 
@@ -93,6 +96,8 @@ def _there_and_back(rank: int, world: int, recipe: Recipe, run: Path, lost: tupl
         assert step == 2, notes
         assert state_of(engine) == then, "weights, masters, moments, buffers, random state"
         assert steps_of(engine, recipe, range(2, 3)) == after, "and so the next step"
+        assert not copies.end(1) and copies.place.folder.exists(), "there was no time left to save step 2"
+        assert copies.end(2) and not copies.place.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "another start of the run": (
         lambda root: _everywhere(root, lambda slot: _rewritten(slot, attempt="other")), 2, "copies of step 3 are not complete"),
     "another layout": (lambda root: _everywhere(root, _of_another_layout), 2, "is a copy at another layout (TP2 PP1 DP1"),
+    "all at another layout, and no checkpoint": (
+        lambda root: [_of_another_layout(slot) for node in ("n0", "n1") for slot in slots_in(root / node)], -1,
+        "has copies of this run at another layout (TP2 PP1 DP1 on 2 ranks), and the run has no checkpoint"),
     "both nodes of a rank lost": (
         lambda root: [slot.remove() for node in ("n0", "n1") for slot in slots_in(root / node, 0)], 0,
         "copies of step 3 are not complete: rank 0 lost both."),
