@@ -21,11 +21,13 @@ from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
 from train.copies.memory_copies import MemoryCopies
 from train.engine import Engine
+from train.model.experts import expert_loads
 from train.parallel.mesh import Mesh
 from train.record.profile import GarbageControl, Profiler, phase
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
+from train.resilience.spikes import Spike, SpikeWatch
 from train.resilience.stragglers import WINDOW, Stragglers, typical
 from train.step import train_step
 
@@ -57,7 +59,9 @@ class LoopEnd:
 
     step: int
     reason: str
-    """"finished", "paused" (run.stop_after_steps) or the name of the signal that stopped it."""
+    """"finished", "paused" (run.stop_after_steps), "spike" or the name of the signal that stopped it."""
+    spike: Spike | None = None
+    """The step after which the run must go back (run.spikes.policy=rollback). Its update was not made."""
 
 
 def train_loop(
@@ -70,14 +74,16 @@ def train_loop(
     evaluate: Callable[[int], None],
     checkpoints: CheckpointFolder,
     save: Callable[..., None],
+    report: Callable[[Spike], None],
+    profiler: Profiler,
     copies: MemoryCopies | None = None,
     copy: Callable[[int, int], None] | None = None,
-    profiler: Profiler,
+    spikes: SpikeWatch | None = None,
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
-    evaluate(step), save(step, position, background=...), copy(step, position): called on every rank. Raises NumericsError,
-    CheckpointError, DataError.
+    evaluate(step), save(step, position, background=...), copy(step, position), report(skipped step): called on every rank.
+    spikes: looks for spikes; None: only NaN and infinity, which end the run. Raises NumericsError, CheckpointError, DataError.
     """
     run, mesh = recipe.run, engine.mesh
     step = first_step
@@ -139,7 +145,13 @@ def train_loop(
                 watch=watch,
                 measure=is_measured(step + 1),
                 before_update=before_update,
+                spikes=spikes,
             )
+            if result.spike is not None and run.spikes.policy == "rollback":
+                telemetry.flush()
+                flags_of_all_ranks()
+                _record_saves(telemetry, checkpoints, recipe=recipe)
+                return LoopEnd(step, "spike", result.spike)
             step += 1
             garbage.after_step(step)
             if (trace := profiler.after_step(step)) is not None:
@@ -154,12 +166,17 @@ def train_loop(
                 tokens=stream.tokens,
                 step_tokens=stream.step_tokens,
                 labels=result.labels,
+                counts=_counts(spikes),
+                is_skipped=result.spike is not None,
             )
             watches.append(watch)
             if len(watches) == WINDOW:
                 if stragglers is not None:
                     _compare_ranks(telemetry, stragglers, mesh=mesh, watches=watches, step=step)
                 watches.clear()
+            if result.spike is not None:
+                telemetry.flush()
+                report(result.spike)
             if is_measured(step):
                 telemetry.flush()
                 telemetry.precision(
@@ -168,7 +185,9 @@ def train_loop(
                     readings=engine.precision.health(),
                     policy=recipe.precision.health_policy,
                 )
-            if not math.isfinite(result.grad_norm):
+            if step % recipe.telemetry.log_every_steps == 0:
+                telemetry.experts(step, expert_loads(engine.chunks, mesh))
+            if result.spike is None and not math.isfinite(result.grad_norm):
                 telemetry.flush()  # record the steps before the failure
                 check_grad_norm(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
             check_losses(telemetry.not_finite, advice=lambda: checkpoints.advice(mesh))
@@ -231,6 +250,13 @@ def _compare_ranks(
     telemetry.event("ranks", step=step, steps=len(watches), forward_backward_s=table)
     for slow in stragglers.window(ranks):
         telemetry.event("warning", text=f"step {step:,}: {slow} (forward and backward, {2 * len(watches)} steps)")
+
+
+def _counts(spikes: SpikeWatch | None) -> dict[str, int]:
+    """What steps record about spikes so far."""
+    if spikes is None:
+        return {}
+    return {"skipped_steps": len(spikes.ledger.skipped_steps), "rollbacks": spikes.ledger.rollbacks}
 
 
 def _grace_s(recipe: Recipe, received: signal.Signals) -> float:

@@ -70,6 +70,8 @@ class Plan:
     """Pattern of each model chunk, in layer order."""
     modules: Modules
     parameters: int
+    active_parameters: int
+    """Those that process one token; fewer with experts."""
     flops: Flops
     """Of one token: forward and backward, without recomputation."""
     memory: tuple[RankMemory, ...]
@@ -207,6 +209,7 @@ def make_plan(
         stages=chunks,
         modules=modules,
         parameters=parameters(recipe.model).total,
+        active_parameters=parameters(recipe.model).active,
         flops=flops_per_token(recipe.model, recipe.data.row_tokens),
         memory=memory,
         time=step_time(setting),

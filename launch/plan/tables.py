@@ -43,8 +43,9 @@ def _head(plan: Plan) -> Text:
     recipe, layout = plan.recipe, plan.layout
     text = Text()
     text.append(printable(recipe.run.name), style="bold")
+    text.append(f": {plan.parameters:,} parameters{_active(plan)}, ")
     text.append(
-        f": {plan.parameters:,} parameters, {len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
+        f"{len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
         f"{recipe.run.global_rows:,} rows a step\n"
     )
     text.append(
@@ -53,6 +54,10 @@ def _head(plan: Plan) -> Text:
         f"microbatches, {describe_precision(recipe.model, recipe.precision)}, recompute {recipe.parallel.recompute}"
     )
     return text
+
+
+def _active(plan: Plan) -> str:
+    return f" ({plan.active_parameters:,} active)" if plan.active_parameters < plan.parameters else ""
 
 
 def _ranks(plan: Plan, *, every_rank: bool) -> Table:

@@ -78,3 +78,4 @@ ProcessGib = Annotated[float, Range(gt=0, le=2**20)]
 """Memory of one process in GiB, at most a pebibyte: the system refuses larger limits."""
 GroupSize = Annotated[int, Range(ge=2)]
 ZeroOrOne = Annotated[int, Range(ge=0, le=1)]
+WindowSteps = Annotated[int, Range(ge=4, le=10_000)]

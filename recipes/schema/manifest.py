@@ -16,6 +16,7 @@ from typing import Any
 
 from recipes.schema.errors import CheckpointError
 from recipes.schema.foreign import read_bounded_text
+from recipes.schema.ledger import Ledger, ledger_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -77,6 +78,8 @@ class RunState:
     lineage: dict[str, Any] = field(default_factory=dict)
     """Origin of weights that do not come from training alone (JSON values): e.g. a pruned checkpoint's parent and kept
     channels."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Steps and rows that the run left out because of spikes."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
     if missing := _REQUIRED - raw.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
-    manifest = replace(Manifest(**(raw | {"tensors": {}})), tensors=tensors)
+    ledger = ledger_of(raw.get("ledger", {}))
+    manifest = replace(Manifest(**(raw | {"tensors": {}, "ledger": ledger})), tensors=tensors)
     _check_types(manifest)
     return manifest
 

@@ -20,6 +20,7 @@ from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
+from recipes.schema.expert_rules import expert_precision_problems, expert_problems
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
 from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
@@ -34,6 +35,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.resilience_rules import spike_problems
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.tasks import task_problems
@@ -63,6 +65,7 @@ def problems(
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
+        *spike_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -82,6 +85,7 @@ def problems(
         *data_fit_problems(recipe),
         *dpo_problems(recipe),
         *reward_problems(recipe),
+        *expert_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
@@ -234,6 +238,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
     found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
+    found += expert_precision_problems(recipe.model, precision, backend=backend)
     return found + (_shapes(recipe) if backend == "te" else [])
 
 

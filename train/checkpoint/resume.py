@@ -93,7 +93,14 @@ def continue_from(
         )
     )
     lineage = manifest.lineage | _taught_by(engine)
-    state = replace(new, step=manifest.step, position=manifest.position, tokens=manifest.tokens, lineage=lineage)
+    state = replace(
+        new,
+        step=manifest.step,
+        position=manifest.position,
+        tokens=manifest.tokens,
+        lineage=lineage,
+        ledger=manifest.ledger,
+    )
     return Start(state, _audit(found, engine, recipe=recipe, new=new), stream=stream or {})
 
 
@@ -128,6 +135,8 @@ def _audit(found: LoadedCheckpoint, engine: Engine, *, recipe: Recipe, new: RunS
         ),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, new.data_hash)),
     ]
+    if manifest.ledger.left_out or manifest.ledger.skipped_steps:
+        rows.append(("spikes", manifest.ledger.describe(), "the same"))
     if manifest.kernels or new.kernels:
         now_run = "the same" if manifest.kernels == new.kernels else new.kernels or "none: not on a CPU"
         differ = kernels_differ(manifest.kernels, new.kernels)

@@ -189,6 +189,14 @@ class MemoryCopies:
             self.delete()
         return is_saved
 
+    def discard(self) -> None:
+        """The run goes back to a checkpoint: copies of later steps must not be used. Not collective."""
+        self.wait()
+        for slots in self._slots.values():
+            for slot in slots:
+                slot.invalidate()
+        self.newest_step = 0
+
     def delete(self) -> None:
         """Delete the copies that this rank keeps. Not collective."""
         for slots in self._slots.values():

@@ -174,6 +174,8 @@ def open_mesh(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=device.type == "cuda",
     )
