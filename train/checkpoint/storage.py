@@ -154,21 +154,44 @@ def fill_resident(
 
 
 def _weights_are_as_filled(engine: Engine) -> bool:
-    """Whether this rank's trained weights are the ranges that the data-parallel (and context) ranks have, put together.
-    Collective over that group."""
-    group = engine.mesh.groups.dp_cp
-    if group.size() == 1:
-        return True  # this rank's ranges are the whole weights
+    """Whether this rank's trained weights are the ranges that the ranks with the same weights have, put together. Collective over
+    the data-parallel (and context) ranks, and for experts over the ranks with the same experts."""
     local_tensors, parts = _local_state(engine)
+    of_experts = {
+        f"{index}/{name}"
+        for index, chunk in enumerate(engine.chunks)
+        for name, parameter in chunk.module.named_parameters()
+        if not getattr(parameter, "allreduce", True)  # Megatron's mark of an expert's parameter
+    }
     trained = {name: local for name, local in local_tensors.items() if local.is_trained}
-    number = {id(local): at for at, local in enumerate(trained.values())}
-    ranges = [fingerprint.ZERO] * len(trained)
+    groups = engine.mesh.groups
+    return all(
+        [
+            _ranges_are_whole(
+                {name: local for name, local in trained.items() if (name in of_experts) == is_expert},
+                parts,
+                group=groups.expt_dp if is_expert else groups.dp_cp,
+                device=engine.mesh.device,
+            )
+            for is_expert in (False, True)
+        ]
+    )
+
+
+def _ranges_are_whole(
+    weights: Mapping[str, LocalTensor], parts: Sequence[OptimizerPart], *, group: Any, device: torch.device
+) -> bool:
+    """`_weights_are_as_filled` for the weights of one group. Collective over it."""
+    if not weights or group.size() == 1:
+        return True  # this rank's ranges are the whole weights
+    number = {id(local): at for at, local in enumerate(weights.values())}
+    ranges = [fingerprint.ZERO] * len(weights)
     for part in parts:
-        at = number[id(part.local)]
-        ranges[at] = fingerprint.add(ranges[at], _sums_of_all(part_pieces(part)["weight"]))
-    together = fingerprint.to_tensor(ranges).to(engine.mesh.device)
+        if (at := number.get(id(part.local))) is not None:
+            ranges[at] = fingerprint.add(ranges[at], _sums_of_all(part_pieces(part)["weight"]))
+    together = fingerprint.to_tensor(ranges).to(device)
     dist.all_reduce(together, group=group)
-    whole = [_sums_of_all(weight_pieces({name: local})) for name, local in trained.items()]
+    whole = [_sums_of_all(weight_pieces({name: local})) for name, local in weights.items()]
     return fingerprint.from_tensor(together.cpu()) == whole
 
 
