@@ -30,6 +30,10 @@ class Progress:
     """At the speed of the last steps, including evaluations and saves; None if the total is unknown."""
     age_s: float
     """Time since the last step was recorded."""
+    skipped_steps: int = 0
+    """Steps that were skipped because of a spike (run.spikes)."""
+    rollbacks: int = 0
+    """How often the run went back from a spike to a checkpoint."""
 
 
 class RunFolder:
@@ -52,6 +56,11 @@ class RunFolder:
         """Step of the newest checkpoint; 0 without one."""
         found = self._checkpoints()
         return step_of(found[-1]) if found else 0
+
+    def step(self) -> int:
+        """The last recorded step; 0 before the first."""
+        found = self.progress()
+        return found.step if found is not None else 0
 
     def _checkpoints(self) -> list[Path]:
         try:
@@ -83,6 +92,8 @@ class RunFolder:
             tokens_per_s=_number(last, "tokens_per_s"),
             seconds_left=left,
             age_s=max(0.0, time.time() - last["time"]),
+            skipped_steps=_count(last, "skipped_steps"),
+            rollbacks=_count(last, "rollbacks"),
         )
 
     def longest_stop_s(self) -> float:
@@ -112,6 +123,11 @@ def runs_in(folder: Path) -> list[RunFolder]:
         return []
     found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
+
+
+def _count(line: Line, key: str) -> int:
+    value = _number(line, key)
+    return int(value) if 0 <= value < 1e18 else 0
 
 
 def _number(line: Line, key: str) -> float:

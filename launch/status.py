@@ -167,6 +167,8 @@ def _progress_line(run: RunFolder) -> str:
         return "no step recorded yet"
     total = "" if progress.total_steps is None else f" of {progress.total_steps}"
     text = f"step {progress.step}{total}, loss {progress.loss:.4f}, {progress.tokens_per_s:,.0f} tokens/s"
+    if progress.skipped_steps or progress.rollbacks:
+        text += f", {progress.skipped_steps} steps skipped, {progress.rollbacks} rollbacks"
     if progress.total_steps is not None and progress.step >= progress.total_steps:
         return f"{text}: finished"
     if progress.seconds_left is not None:

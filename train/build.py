@@ -116,6 +116,7 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
             seed=recipe.run.seed,
             timeout_s=recipe.launch.timeout_s,
             teacher_tensor=objective.teacher_tensor or recipe.parallel.tensor if has_teacher else None,
+            memory_copies=recipe.run.memory_copies.every_steps > 0,
         )
     finally:
         close_mesh()
@@ -198,7 +199,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
-    connect(wrapped, optimizer)
+    reduction = connect(wrapped, optimizer)
     return Engine(
         mesh=mesh,
         chunks=wrapped,
@@ -211,6 +212,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,
+        reduction=reduction,
     )
 
 

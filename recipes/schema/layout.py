@@ -67,6 +67,12 @@ def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
     return Coordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
 
 
+def stages_of(layout: Layout) -> list[list[int]]:
+    """The ranks of each pipeline stage."""
+    each = layout.world // layout.pipeline
+    return [list(range(stage * each, (stage + 1) * each)) for stage in range(layout.pipeline)]
+
+
 def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int) -> Layout:
     """The layout of a recipe on `world` processes. RecipeError has a line for each broken rule."""
     refuse(layout_problems(model=model, parallel=parallel, run=run, row_tokens=row_tokens, world=world))

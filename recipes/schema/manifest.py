@@ -16,6 +16,7 @@ from typing import Any
 
 from recipes.schema.errors import CheckpointError
 from recipes.schema.foreign import read_bounded_text
+from recipes.schema.ledger import Ledger, ledger_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -77,6 +78,8 @@ class RunState:
     lineage: dict[str, Any] = field(default_factory=dict)
     """Origin of weights that do not come from training alone (JSON values): e.g. a pruned checkpoint's parent and kept
     channels."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Steps and rows that the run left out because of spikes."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged: its content does not match its digest. Remove {folder} to resume from an older one."
         )
     try:
-        if missing := _REQUIRED - raw.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
-        manifest = replace(Manifest(**(raw | {"tensors": {}})), tensors=tensors)
-        _check_types(manifest)
+        manifest = manifest_from(raw)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
     for name, size in manifest.files.items():
@@ -180,6 +179,17 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, but the manifest says {size:,} bytes."
                 f" The checkpoint is damaged: remove {folder} to resume from an older one."
             )
+    return manifest
+
+
+def manifest_from(raw: dict[str, Any]) -> Manifest:
+    """The manifest in a mapping, without its digest. TypeError, ValueError, KeyError or AttributeError if it is not one."""
+    if missing := _REQUIRED - raw.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
+    ledger = ledger_of(raw.get("ledger", {}))
+    manifest = replace(Manifest(**(raw | {"tensors": {}, "ledger": ledger})), tensors=tensors)
+    _check_types(manifest)
     return manifest
 
 

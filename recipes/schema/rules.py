@@ -35,6 +35,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.resilience_rules import spike_problems
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.tasks import task_problems
@@ -64,6 +65,7 @@ def problems(
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
+        *spike_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,

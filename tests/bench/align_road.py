@@ -3,6 +3,9 @@
     data --> base --+--> sft --+--> middle --+--> merged
               |     |          +--> quotes --+
               |     |          +--> dpo; broken: chosen and rejected swapped
+              |     |          +--> grpo; broken: advantages of zero
+              |     |          +--> reward --> rlhf
+              |     |          +--> gamed reward --> gamed, with and without KL
               |     +--> broken: the whole chat learned, or only what the assistant did not write
               +--> stable: no decay of the learning rate --> averaged with the weights of a decay
 
@@ -40,6 +43,15 @@ STABLE_STEPS, BASE_STEPS = 400, 600
 WINDOW_EVERY = 20
 SFT_STEPS, SFT_RATE = 400, 0.002
 SKILL_STEPS, SKILL_RATE = 120, 0.001
+GAMED_REWARD = [
+    "tiny_align_reward", "run.name=gamed_reward", f"data.folder={FOLDER}/prepared/gamed",
+    f"data.sources.rankings.path={DATA}/gamed.jsonl", "run.steps=60",
+]  # fmt: skip
+GAMED_KL = {"gamed_free": 1e-6, "gamed_kl": 1.0}
+"""Weights of the KL term; 1e-6 only makes the run record the divergence."""
+GAMED_STEPS, BROKEN_GRPO_STEPS = 40, 60
+ENDS = 5
+"""Batches at the beginning and at the end of a run whose rewards are averaged."""
 ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
 Result = dict[str, Any]
@@ -52,7 +64,8 @@ def data() -> Result:
     stratum("prepare", *_chats("sft", DATA / "chats.jsonl"))
     for skill in SKILLS:
         stratum("prepare", *_chats(skill, DATA / skill / "chats.jsonl"))
-    stratum("prepare", "-cn", "tiny_align_dpo")
+    for words in (["tiny_align_dpo"], ["tiny_align_reward"], GAMED_REWARD):
+        stratum("prepare", "-cn", *words)
     return {}
 
 
@@ -132,6 +145,34 @@ def dpo() -> Result:
     return {name: evaluate(name, *tasks) for name in ("sft", "dpo", "dpo_broken")}
 
 
+def grpo() -> Result:
+    """The sums that SFT left uncertain, and the same with advantages of zero."""
+    stratum("train", "-cn", "tiny_align_grpo")
+    steps = f"run.steps={BROKEN_GRPO_STEPS}"
+    broken("zero_advantages", "-cn", "tiny_align_grpo", "run.name=grpo_broken", steps)
+    found: Result = {"sft": evaluate("sft", *_tasks("small_sums"))}
+    return found | {name: rewards(name) | evaluate(name, *_tasks("small_sums")) for name in ("grpo", "grpo_broken")}
+
+
+def rlhf() -> Result:
+    """A reward model of preferences, and GRPO with it."""
+    stratum("train", "-cn", "tiny_align_reward")
+    stratum("train", "-cn", "tiny_align_rlhf")
+    tasks = _tasks("plain", "habit")
+    return {"sft": evaluate("sft", *tasks), "rlhf": rewards("rlhf") | evaluate("rlhf", *tasks)}
+
+
+def gamed() -> Result:
+    """GRPO with a reward model that prefers large numbers to right sums, with and without the KL term."""
+    stratum("train", "-cn", *GAMED_REWARD)
+    found: Result = {"sft": evaluate("sft", *_tasks("small_sums"))}
+    for name, weight in GAMED_KL.items():
+        words = [f"objective.grpo.reward_model={FOLDER}/gamed_reward", f"objective.grpo.kl_weight={weight}"]
+        stratum("train", "-cn", "tiny_align_grpo", f"run.name={name}", f"run.steps={GAMED_STEPS}", *words)
+        found[name] = rewards(name) | evaluate(name, *_tasks("small_sums"))
+    return found
+
+
 STAGES: dict[str, Callable[[], Result]] = {
     "data": data,
     "pretrain": pretrain,
@@ -141,9 +182,11 @@ STAGES: dict[str, Callable[[], Result]] = {
     "merge": merge,
     "windows": windows,
     "dpo": dpo,
+    "grpo": grpo,
+    "rlhf": rlhf,
+    "gamed": gamed,
 }
-"""In order. DPO, a reward model (rankings.jsonl), GRPO (prompts_sums.jsonl) and RLHF (prompts_plain.jsonl,
-prompts_gamed.jsonl) start from `sft`."""
+"""In order."""
 
 
 def main() -> int:
@@ -179,6 +222,31 @@ def evaluate(run: str, *tasks: Path) -> dict[str, float]:
     stratum("evaluate", str(FOLDER / run), "--tasks", ",".join(map(str, tasks)), "--out", str(SCORES / run), "--resume")
     found = json.loads((SCORES / run / "results.json").read_text())["tasks"]
     return {task.stem: found[task.stem]["metrics"]["score"]["value"] for task in tasks}
+
+
+def rewards(name: str) -> Result:
+    """First and last rewards of a run of GRPO (means of ENDS batches): learned from, and true, by the verifier. Its KL."""
+    curve = rollouts(name)
+    found: Result = {}
+    for key in ("reward", "true"):
+        values = [batch[key] for batch in curve]
+        found[f"{key}_first"], found[f"{key}_last"] = statistics.fmean(values[:ENDS]), statistics.fmean(values[-ENDS:])
+    kl = [line["loss_parts"]["kl"] for line in _recorded(name, "step")]
+    gap = max(line["log_prob_gap"]["max"] for line in _recorded(name, "rollouts"))
+    return found | {"kl_largest": max(kl), "kl_last": kl[-1], "largest_gap": gap}
+
+
+def rollouts(name: str) -> list[dict[str, float]]:
+    """The rewards of each batch of a run: learned from, and true."""
+    return [
+        {"reward": event["reward_mean"], "true": event["verifiers"]["exact"]["reward_mean"]}
+        for event in _recorded(name, "rollouts")
+    ]
+
+
+def _recorded(name: str, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
 
 
 def stratum(*words: str) -> None:
@@ -302,11 +370,28 @@ def _draw_dpo(axes: Any, results: dict[str, Result]) -> None:
     axes.set(title="DPO: a planted habit", ylabel="answers with it, share", ylim=(0, 1.02))
 
 
+def _draw_grpo(axes: Any, results: dict[str, Result]) -> None:
+    """The true reward of each batch."""
+    for name, label in (("grpo", "GRPO"), ("grpo_broken", "advantages of 0")):
+        axes.plot([batch["true"] for batch in rollouts(name)], label=label)
+    axes.legend()
+    axes.set(title="GRPO: sums", xlabel="batch", ylabel="right answers, share", ylim=(0, 1.02))
+
+
+def _draw_rlhf(axes: Any, results: dict[str, Result]) -> None:
+    for name, label in (("rlhf", "RLHF"), ("gamed_free", "gamed, no KL"), ("gamed_kl", "gamed, KL")):
+        axes.plot([batch["true"] for batch in rollouts(name)], label=label)
+    axes.legend()
+    axes.set(title="Learning from a reward model", xlabel="batch", ylabel="true reward", ylim=(0, 1.02))
+
+
 PANELS: dict[tuple[str, ...], Callable[[Any, dict[str, Result]], None]] = {
     ("pretrain", "sft"): _draw_sft,
     ("merge",): _draw_merge,
     ("windows",): _draw_windows,
     ("dpo",): _draw_dpo,
+    ("grpo",): _draw_grpo,
+    ("rlhf", "gamed"): _draw_rlhf,
 }
 """Parts of the picture, and the stages that each needs."""
 COLUMNS = 3

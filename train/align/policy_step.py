@@ -80,12 +80,15 @@ def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
 
 
 def token_losses(model: Any, batch: Any, *, mesh: Mesh, temperature: float = 1.0) -> torch.Tensor:
-    """-log p of every label at a temperature, [rows, row_tokens]: the forward pass of training. model: wrapped or not.
+    """-log p of every label at a temperature, [rows, row_tokens]: the forward pass of training, with the arithmetic of
+    generation (`RowContext.is_stepwise`). model: wrapped or not.
 
     Collective over the tensor group.
     """
     chunk = getattr(model, "module", model)
     rows = local_rows(batch, mesh, reset_at_documents=True)
+    assert rows.context is not None
+    rows.context.is_stepwise = True
     before, chunk.temperature = chunk.temperature, temperature
     try:
         losses: torch.Tensor = model(

@@ -278,12 +278,17 @@ class PolicyStream(Closing):
         if self._frozen.rewards is None or not positions:
             return {}
         texts = [
-            [*self._prompts.ids(self._prompts.index_at(position)), *answer.tokens.tolist()]
+            (*self._prompts.ids(self._prompts.index_at(position)), *answer.tokens.tolist())
             for position, answers in zip(positions, groups, strict=True)
             for answer in answers
         ]
+        different = list(
+            dict.fromkeys(texts)
+        )  # equal answers must not differ by rounding: they would seem to tell something
         with torch.no_grad():
-            values = iter(self._frozen.rewards.scores(texts))
+            scores = self._frozen.rewards.scores([list(text) for text in different])
+        value_of = dict(zip(different, scores, strict=True))
+        values = (value_of[text] for text in texts)
         wrong = "the reward model gave a number that is not finite"
         return {
             position: [

@@ -216,6 +216,9 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
         head = ", scalar head" if model.get("head") == "scalar" else ""
         text = f"{model.get('pattern')}, hidden {model.get('hidden')}, vocabulary {model.get('vocab')}{head}"
         rows.append(("model", text))
+    if manifest.ledger.skipped_steps or manifest.ledger.rollbacks:
+        ranges = ", ".join(f"{start:,}-{stop - 1:,}" for start, stop in manifest.ledger.left_out)
+        rows.append(("spikes", manifest.ledger.describe() + (f" (rows {ranges})" if ranges else "")))
     rows += [(f"lineage: {key}", json.dumps(value)[:200]) for key, value in manifest.lineage.items()]
     console.print(printable_lines(str(path)))
     _pairs(console, rows)

@@ -150,7 +150,7 @@ def assert_within(gaps: Numbers, precision: str) -> None:
     ("model", "precision", "pairs"),
     [
         ("hybrid", "bf16", {"TP2 PP2": ["DP2", "TP2 PP2"], "DP2": ["TP2 PP2"]}),
-        ("attention", "fp32", {"VP2": ["TP2"], "TP2": ["VP2"], "TP2 PP2": ["TP1"], "TP1": ["DP4", "TP2 PP2"]}),
+        ("attention", "fp32", {"VP2": ["TP2"], "TP2": ["VP2"], "TP1": ["DP4"]}),
         ("hybrid", "fp8", {"CP2": ["PP2"], "PP2": ["CP2"]}),
         (
             "mixture, gated",

@@ -66,7 +66,8 @@ class Judge(Closing):
                 f"If you trust it, allow it on the command line."
             )
         self.failures: Counter[str] = Counter()
-        """How often the verifier failed, by what happened: raised, timed out, ended, not a number, out of range."""
+        """How often the verifier failed, by what happened: raised, timed out, ended, did not start, not a number, out of
+        range."""
         self._verifier, self._limits = dict(verifier), limits
         self._child: subprocess.Popen[bytes] | None = None
         self._results = -1
@@ -117,7 +118,10 @@ class Judge(Closing):
 
     def _reward(self, sample: Sample) -> Reward:
         if self._child is None:
-            self._start()
+            try:
+                self._start()
+            except (DataError, BackendError) as error:  # it started before: the machine may be short of memory
+                return self._failed("did not start", f"did not start again: {error}")
         message = self._ask(asdict(sample), seconds=self._limits.seconds)
         match message:
             case {"value": value} if not math.isfinite(value):
