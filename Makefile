@@ -69,6 +69,9 @@ bench-inference: setup ## tokens per second of the inference engine against tran
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
+bench-moe: setup ## an expert layer against a dense MLP of the same active width and transformers' experts (1 minute)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.moe
+
 bench-data: setup ## reading and tokenizing speed against others, start-up and memory at 100M to 10T tokens (about 12 minutes)
 	@bash tests/bench/install_peers.sh
 	@$(PY) -m tests.bench.data
@@ -98,5 +101,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .harness .trl .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves bench-align align-road clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help
