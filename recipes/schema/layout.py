@@ -17,6 +17,8 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import ATTENTION, LayerKind, cut_problems, layer_kinds, pattern_problems
 from recipes.schema.run import RunConfig
 
+_LARGEST_DEGREE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -340,8 +342,8 @@ def _nearest_multiples(value: int, step: int) -> str:
 
 
 def _choices(size: int) -> str:
-    """The divisors of a size as a phrase: `1, 2, 4 or 8`."""
-    return _phrase([divisor for divisor in range(1, size + 1) if size % divisor == 0])
+    """The divisors of a size as a phrase: `1, 2, 4 or 8`; of a large size those that can be degrees."""
+    return _phrase([divisor for divisor in range(1, min(size, _LARGEST_DEGREE) + 1) if size % divisor == 0])
 
 
 def _phrase(numbers: list[int]) -> str:

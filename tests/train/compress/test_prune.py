@@ -16,6 +16,7 @@ from tiny import RECIPE, Numbers, steps_of
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import parameters
+from recipes.schema.typed import build
 from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import read_manifest
@@ -68,7 +69,7 @@ def cut(
     parent: Path, folder: Path, scores: Scores, target: Target, kept: KeptParts | None = None, *, merge: bool = False
 ) -> ModelConfig:
     kept = kept if kept is not None else choose(scores, target)
-    small = pruned_model(ModelConfig(**scores.model), target, kept.layers)
+    small = pruned_model(build(ModelConfig, scores.model, "model"), target, kept.layers)
     cut_weights(parent, aside_of(folder), scores=scores, kept=kept, small=small, merge_heads=merge)
     finish(folder)
     return small

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.typed import build
 from train.hf.config import SpecialTokens, clamp_of, family_of, for_transformers, from_config, read_config, to_config
 
 # config.json of nvidia/NVIDIA-Nemotron-Nano-9B-v2 (revision 6533e8de).
@@ -50,7 +51,7 @@ PUBLISHED = {
 
 
 def recipe_model(name: str) -> ModelConfig:
-    return ModelConfig(**yaml.safe_load((RECIPES / "model" / f"{name}.yaml").read_text()))
+    return build(ModelConfig, yaml.safe_load((RECIPES / "model" / f"{name}.yaml").read_text()), "model")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
