@@ -113,6 +113,8 @@ def describe(run: RunFolder, queue: Queue) -> str:
             f"  the next job of the chain could not be submitted from a compute node: {printable(' '.join(refusal))}"
         )
     lines.append(f"  newest checkpoint: {run.newest_checkpoint() or 'none yet'}")
+    if storage := run.storage_line():
+        lines.append(f"  {printable(storage)}")
     attempts = run.attempts()
     if attempts:
         failures = read_failures(attempts[-1])
@@ -208,5 +210,6 @@ def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
         "slurm": queue.problem or None,
         "no_successor": " ".join(last_texts(run.logs / NO_SUCCESSOR, 3)) or None,
         "checkpoint": run.newest_checkpoint(),
+        "storage": run.storage_line() or None,
         "failures": [asdict(failure) for failure in read_failures(attempts[-1])] if attempts else [],
     }

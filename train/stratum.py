@@ -44,6 +44,8 @@ COMMANDS = {
     "plan": Command("runs", "launch.plan.command:main", "memory, time, cost and every mistake of a run, before it starts"),
     "launch local": Command("runs", "launch.local.command:main", "1..N processes on this machine, with restarts"),
     "launch slurm": Command("runs", "launch.slurm.command:main", "a Slurm job that continues to the recipe's last step"),
+    "launch kubernetes": Command("runs", "launch.kubernetes.command:main", "a JobSet that restarts to the recipe's last step"),
+    "launch node": Command("runs", "launch.local.node:main", "the processes of one node of a cluster"),
     "status": Command("runs", "launch.status:main", "what runs are doing: job, step, time left, first error"),
     "logs": Command("runs", "launch.logs:main", "the last lines of a run's newest logs; --follow shows new ones"),
     "cancel": Command("runs", "launch.slurm.cancel:main", "end a Slurm run after a save; no further job follows"),

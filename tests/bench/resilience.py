@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,20 @@ def bench_copies(recipe: Recipe, folder: Path, rounds: int) -> dict[str, float]:
         batch = batch_of(recipe.model.vocab)
         step = 0
 
-        def train(before_update: Callable[[], None] | None = None) -> None:
+        def train(*, copy: bool) -> None:
             nonlocal step
-            train_step(engine, [batch], step=step, learning_rate=1e-3, watch=Stopwatch(), before_update=before_update)
+            if copy:
+                copies.request(engine, RunState(step=step, position=step), stream={})
+            train_step(
+                engine, [batch], step=step, learning_rate=1e-3, watch=Stopwatch(), before_update=copies.before_update
+            )
             step += 1
 
         for number in range(rounds + WARM_UP):
             for turn in (True, False) if number % 2 else (False, True):
                 before = copies.stall_s
-                if turn:
-                    state = RunState(step=step, position=step)
-                    took = timed(
-                        lambda state=state: (copies.request(engine, state, stream={}), train(copies.before_update))
-                    )
-                    copies.wait()
-                else:
-                    took = timed(train)
+                took = timed(partial(train, copy=turn))
+                copies.wait()
                 if number >= WARM_UP:
                     seconds["with" if turn else "without"].append(took)
                     if turn:
@@ -118,7 +117,8 @@ def bench_return(folder: Path, words: list[str]) -> None:
     """Kill rank 1 of two in the middle of a run, and look at what happened when."""
     run = folder / "return"
     command = [*stratum("launch", "local", "-cn", "smoke"), "run.name=return", f"run.folder={folder}", "--nproc", "2",
-               "run.threads=1", "telemetry.log_every_steps=1", "checkpoint.every_steps=0", "run.steps=14",
+               "run.threads=1", "run.microbatch_rows=4",
+               "telemetry.log_every_steps=1", "checkpoint.every_steps=0", "run.steps=14",
                "run.memory_copies.every_steps=1", f"run.memory_copies.folder={folder}", *words]  # fmt: skip
     started = time.time()
     with (folder / "output").open("w") as output:
