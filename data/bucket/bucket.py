@@ -117,13 +117,9 @@ class Bucket:
             "retry_timeout": timedelta(seconds=retries.total_s),
         }
         config = _aws_files() if address.startswith("s3://") else {}
+        from_url: Any = obstore.store.from_url  # whose overloads want typed dicts
         with self._errors(""):
-            self._store: Any = obstore.store.from_url(
-                self.address,
-                client_options=options,  # type: ignore[arg-type]
-                retry_config=again,  # type: ignore[arg-type]
-                **config,  # type: ignore[arg-type]
-            )
+            self._store: Any = from_url(self.address, client_options=options, retry_config=again, **config)
 
     def read(self, name: str) -> tuple[bytes, Version]:
         """A small object and its version. MissingError if there is none."""
