@@ -145,7 +145,8 @@ def _train(
         if isinstance(material, Dataset):
             _check_teacher_cache(recipe, material, position)
         folder.mkdir(parents=True, exist_ok=True)
-        disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
+        if not (folder / "recipe.yaml").exists():  # it makes the folder a run's
+            disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
     reference: Attach | None = None
     if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
@@ -236,6 +237,8 @@ def _train(
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
         stack.callback(profiler.close)
+        if mesh.rank == 0:  # after all that may refuse: a start that fails leaves the recipe of a run as it was
+            disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
         if start.text:
             telemetry.event("audit", step=step, text=start.text)
         telemetry.event(
