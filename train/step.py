@@ -8,6 +8,7 @@ import torch
 
 from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
+from train.model.experts import start_counting, update_biases
 from train.objective.next_token import count_labels
 from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
@@ -56,6 +57,7 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
+    start_counting(engine.chunks)
     if engine.prepare is not None:
         microbatches = engine.prepare(microbatches)
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
@@ -79,6 +81,7 @@ def train_step(
     if spikes is not None and (spike := _spike(engine, total[0], step=step + 1, spikes=spikes)) is not None:
         watch.lap("optimizer")
         return StepResult(loss=total[0], parts=total[1:], grad_norm=spike.grad_norm, labels=labels, spike=spike)
+    update_biases(engine.chunks, engine.mesh.groups.tp_dp_cp)
     set_learning_rate(engine.optimizer, learning_rate)
     with phase("optimizer"):
         _succeeded, grad_norm, _zeros = engine.optimizer.step()
