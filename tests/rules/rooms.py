@@ -73,7 +73,7 @@ STOREYS = (
     ("train.evaluate",),
     ("train.align",),
     ("train.run",),
-    ("train.hf", "train.serve", "train.__main__", "train.completion"),
+    ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""
