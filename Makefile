@@ -11,8 +11,9 @@ setup: ## make .venv and install everything (2 to 5 minutes, once)
 smoke: setup ## the whole story in 1 to 4 minutes: prepare, train, kill, resume, evaluate, generate
 	@$(PY) -P -m launch.smoke
 
+# In the order of the names: by default files with few tests, which are the long ones, would all come last.
 test: setup ## the fast tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the slow tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
@@ -31,7 +32,7 @@ test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL a
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py tests/train/checkpoint/test_storage_servers.py tests/launch/kubernetes/test_kubernetes_schemas.py
 	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py tests/train/evaluate/test_function_calls.py
 	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align
 	@.trackers/bin/python -m pytest -q -m oracle tests/train/record
@@ -70,6 +71,9 @@ bench-inference: setup ## tokens per second of the inference engine against tran
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
+bench-moe: setup ## an expert layer against a dense MLP of the same active width and transformers' experts (1 minute)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.moe
+
 bench-data: setup ## reading and tokenizing speed against others, start-up and memory at 100M to 10T tokens (about 12 minutes)
 	@bash tests/bench/install_peers.sh
 	@$(PY) -m tests.bench.data
@@ -77,6 +81,9 @@ bench-data: setup ## reading and tokenizing speed against others, start-up and m
 
 bench-checkpoint: setup ## saving and loading against the plain disk and torch.distributed.checkpoint (2 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.checkpoint
+
+bench-resilience: setup ## copies in memory: what they cost, and the return after a kill from memory and from disk (3 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.resilience
 
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap
@@ -89,12 +96,12 @@ bench-align: setup ## tokens per second of fine-tuning against pretraining, and 
 	@bash tests/train/align/install_trl.sh
 	@.trl/bin/python -m tests.bench.grpo
 
-align-road: setup ## a small model pretrained, fine-tuned and merged, with what each stage changed (about 15 minutes; resumes)
+align-road: setup ## a small model pretrained, fine-tuned, merged and aligned, with what each stage changed (resumes)
 	@$(PY) -m tests.bench.align_road
 
 clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves bench-align align-road clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help

@@ -85,7 +85,8 @@ def trace(arguments: Sequence[str]) -> int:
         "trace",
         about="""
 Which documents a training step saw, and at which steps a document was or will be seen.
-Needs the prepared data and the recipe, no run and no checkpoint. Steps count as in metrics.jsonl, from 1.
+Needs the prepared data and the recipe; rows that a run left out after a spike are read from its newest checkpoint.
+Steps count as in metrics.jsonl, from 1.
 """,
         examples="""
 stratum trace -cn smoke --step 123                     sources, files, documents and their text, row by row

@@ -8,7 +8,7 @@ open_dataset(config)   reads manifest and tokenizer, checks checksums, makes the
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from data.batch import Batch
 from data.order.blend import Blend, blend_of
+from data.order.left_out import LeftOut
 from data.prepared import identity_of, row_problems, source_problems, tokenizer_of
 from data.rows.batch_memory import BatchArrays, read_batch
 from data.rows.fim import Fim, build_fim, fold_key
@@ -81,6 +82,10 @@ class Dataset:
     def vocab_size(self) -> int:
         """Size of the tokenizer's vocabulary: every id is below it."""
         return self.tokenizer.vocab_size
+
+    def without(self, left_out: LeftOut) -> "Dataset":
+        """The same data without some rows of its order."""
+        return replace(self, blend=self.blend.without(left_out))
 
     def training_rows(self, positions: np.ndarray) -> Batch:
         """The rows at global `positions`. DataError names a file with wrong content."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.dataset import Dataset, open_dataset
+from data.order.left_out import left_out_by_run
 from data.rows.packing import STRETCH_ROWS, Rows, best_fit
 from data.store.cache import is_remote
 from data.store.manifest import SPLITS, read_manifest
@@ -67,6 +68,10 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
     if config.verify:
         _verify(data, console)
     dataset = open_dataset(data)
+    if (left := left_out_by_run(composed.run)).ranges:
+        ranges = ", ".join(f"{start:,}-{stop - 1:,}" for start, stop in left.ranges)
+        console.print(f"The run leaves out {left.rows:,} rows of the order after spikes: {ranges}")
+        dataset = dataset.without(left)
     total_rows = int(composed.run.steps) * int(composed.run.global_rows)
     trained = [(n, rows) for n, rows in zip(dataset.source_names, dataset.train, strict=True) if rows.count]
     lengths = {name: lengths_of(rows) for name, rows in trained}

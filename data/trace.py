@@ -1,7 +1,7 @@
 """`stratum trace`: which documents a training step saw, and at which steps a document was seen.
 
-It reads the prepared data and the recipe, but no run and no checkpoint, because the row at a position is a pure function of
-the two. Steps are counted from 1, as in metrics.jsonl.
+It reads the prepared data and the recipe, because the row at a position is a pure function of the two. From the run's folder, if
+there is one, it reads only which rows the run left out (`data.order.left_out`). Steps are counted from 1, as in metrics.jsonl.
 """
 
 import difflib
@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from data.dataset import Dataset, RowAt, open_dataset
+from data.order.left_out import left_out_by_run
 from data.rows.packing import Piece, Rows
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
@@ -107,6 +108,7 @@ def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]
 def trace(config: TraceConfig, composed: DictConfig) -> int:
     """Print what the options name. -> exit status. DataError if there is no such step, file or document."""
     dataset = open_dataset(build(DataConfig, section(composed, "data"), "data"))
+    dataset = dataset.without(left_out_by_run(composed.run))
     steps, global_rows = int(composed.run.steps), int(composed.run.global_rows)
     if config.step is not None:
         _show_step(dataset, config, global_rows, steps=steps)
@@ -124,6 +126,8 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
         _say(
             f"step {config.step:,}: rows {first:,} to {first + global_rows - 1:,} of data {dataset.manifest_hash[:12]}"
         )
+        if dataset.blend.left_out.ranges:
+            _say(f"(counted without the {dataset.blend.left_out.rows:,} rows that the run left out after a spike)")
     for position in range(first, first + count):
         row = dataset.locate(position)
         name = dataset.source_names[row.source]

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.options import is_run
 from recipes.schema.run_folder import CHECKPOINTS, METRICS, Line, as_number, last_metrics, recipe_in, step_of, steps_in
@@ -30,6 +31,10 @@ class Progress:
     """At the speed of the last steps, including evaluations and saves; None if the total is unknown."""
     age_s: float
     """Time since the last step was recorded."""
+    skipped_steps: int = 0
+    """Steps that were skipped because of a spike (run.spikes)."""
+    rollbacks: int = 0
+    """How often the run went back from a spike to a checkpoint."""
 
 
 class RunFolder:
@@ -52,6 +57,11 @@ class RunFolder:
         """Step of the newest checkpoint; 0 without one."""
         found = self._checkpoints()
         return step_of(found[-1]) if found else 0
+
+    def step(self) -> int:
+        """The last recorded step; 0 before the first."""
+        found = self.progress()
+        return found.step if found is not None else 0
 
     def _checkpoints(self) -> list[Path]:
         try:
@@ -83,7 +93,29 @@ class RunFolder:
             tokens_per_s=_number(last, "tokens_per_s"),
             seconds_left=left,
             age_s=max(0.0, time.time() - last["time"]),
+            skipped_steps=_count(last, "skipped_steps"),
+            rollbacks=_count(last, "rollbacks"),
         )
+
+    def storage_line(self) -> str:
+        """What the run's record says about its storage, in one line; empty without one."""
+        try:
+            storage = recipe_in(self.path)["run"].get("storage")
+        except (OSError, RecipeError, KeyError, TypeError, AttributeError):
+            return ""
+        if not isinstance(storage, str):
+            return ""
+        lines = last_metrics(self.path / METRICS)
+        copies = [
+            line
+            for line in lines
+            if line["kind"] in ("storage_copy", "storage_failed", "storage_retried") and "step" in line
+        ]
+        last = next((line for line in reversed(copies) if line["kind"] == "storage_copy"), None)
+        text = f"step {last['step']} is copied" if last else "no copy in the last lines of the record"
+        if copies and copies[-1]["kind"] != "storage_copy":
+            text += f"; the last try failed: {copies[-1].get('error')}"
+        return f"storage {without_credentials(storage)}: {text}"
 
     def longest_stop_s(self) -> float:
         """The longest recorded step plus the longest recorded save: the time that the run needs to save and stop."""
@@ -112,6 +144,11 @@ def runs_in(folder: Path) -> list[RunFolder]:
         return []
     found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
+
+
+def _count(line: Line, key: str) -> int:
+    value = _number(line, key)
+    return int(value) if 0 <= value < 1e18 else 0
 
 
 def _number(line: Line, key: str) -> float:

@@ -116,6 +116,8 @@ def describe(run: RunFolder, queue: Queue) -> str:
             f"  the next job of the chain could not be submitted from a compute node: {printable(' '.join(refusal))}"
         )
     lines.append(f"  newest checkpoint: {run.newest_checkpoint() or 'none yet'}")
+    if storage := run.storage_line():
+        lines.append(f"  {printable(storage)}")
     attempts = run.attempts()
     if attempts:
         failures = read_failures(attempts[-1])
@@ -170,6 +172,8 @@ def _progress_line(run: RunFolder) -> str:
         return "no step recorded yet"
     total = "" if progress.total_steps is None else f" of {progress.total_steps}"
     text = f"step {progress.step}{total}, loss {progress.loss:.4f}, {progress.tokens_per_s:,.0f} tokens/s"
+    if progress.skipped_steps or progress.rollbacks:
+        text += f", {progress.skipped_steps} steps skipped, {progress.rollbacks} rollbacks"
     if progress.total_steps is not None and progress.step >= progress.total_steps:
         return f"{text}: finished"
     if progress.seconds_left is not None:
@@ -224,6 +228,7 @@ def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
         "slurm": queue.problem or None,
         "no_successor": " ".join(last_texts(run.logs / NO_SUCCESSOR, 3)) or None,
         "checkpoint": run.newest_checkpoint(),
+        "storage": run.storage_line() or None,
         "goodput": goodput(spent) if spent else None,
         "seconds": spent,
         "failures": [asdict(failure) for failure in read_failures(attempts[-1])] if attempts else [],

@@ -55,11 +55,12 @@ def run_bench(words: list[str], output: Path) -> tuple[int, str]:
     ("words", "line"),
     [
         ("tests.bench --part smoke --rounds 2 --block 1 --rows 1 --threads 1", "whole loop over the bare step, CPU time"),
-        ("tests.bench.align --rounds 2 --block 1 --rows 1 --threads 1", "| SFT / pretraining, tokens/s |"),
+        ("tests.bench.align --rounds 2 --block 1 --rows 1 --threads 1", "| DPO / SFT, time of a step |"),
         ("tests.bench.checkpoint --hidden 64 --rounds 0 --folder {folder}", "saves longer by fingerprints"),
         ("tests.bench.conversion smoke {folder}/conversion", "| import |"),
         ("tests.bench.distill --rounds 1 --threads 1", "distillation step"),
         ("tests.bench.inference --part context --families mamba --contexts 64 --hidden 128", "| mamba | 64 |"),
+        ("tests.bench.moe --hidden 64 --ffn 32 --experts 4 --tokens 64 --rounds 1", "| expert layer |"),
         ("tests.bench.model --part mamba --lengths 16 --rounds 1 --threads 1", "| 128 x 16 |"),
         ("tests.bench.speculation --part rollback --rounds 1 --hidden 128", "| 128 |"),
         ("tests.bench.precision --rounds 1 --threads 1", "| nvfp4 |"),

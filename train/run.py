@@ -1,6 +1,7 @@
 """Assembles a training run, in order of dependency. It is the only module that reads the whole recipe.
 
-device -> layout -> data -> mesh -> lease of the run folder -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
+device -> layout -> data -> mesh -> lease of the run folder -> storage
+    -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
 
 import logging
@@ -15,26 +16,33 @@ import numpy as np
 import torch
 
 from data.chat.prompts import PromptSet
+from data.order.left_out import left_out
 from data.stream import Dataset, Stream
 from data.system import disk
-from recipes.schema.errors import CheckpointError, refuse
+from recipes.schema.errors import CheckpointError, DataError, NumericsError, refuse
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
-from recipes.schema.facts import named
+from recipes.schema.facts import named as named_checkpoint
+from recipes.schema.ledger import Ledger
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
+from recipes.schema.run_folder import METRICS
 from recipes.schema.scaling import describe_precision
 from train.align.dpo import implicit_pairs_step
 from train.align.frozen_models import FrozenModels, check_frozen_models, open_frozen_models
 from train.align.policy_stream import PolicyStream
 from train.align.reference import Attach, open_reference, reference_of
 from train.build import build_engine, check_start, mesh_of, open_material
+from train.checkpoint.copying import storage_copy
+from train.checkpoint.finite import remedies_of
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
-from train.checkpoint.resume import TEACHER, resume
+from train.checkpoint.resume import TEACHER
 from train.checkpoint.saving import Peers
 from train.checkpoint.stream_state import read_stream_state
+from train.copies.place import forget_token
+from train.copies.restore import open_copies, resume_from_either
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.evaluate.ask import TaskResult
@@ -51,6 +59,7 @@ from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
 from train.resilience.hangs import hangs_named, record_operations
 from train.resilience.lease import run_lease
+from train.resilience.spikes import Spike, SpikeWatch, documents_of_step, ledger_after_rollback, named
 
 log = logging.getLogger(__name__)
 
@@ -83,20 +92,29 @@ def train(recipe: Recipe) -> RunEnd:
         mesh_of(recipe, layout, device=device, rank=rank) as mesh,
         hangs_named(timeout_s=recipe.launch.timeout_s),
         run_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
+        storage_copy(recipe, folder, mesh=mesh) as copy,
     ):
-        return _train(recipe, mesh=mesh, material=material, folder=folder, check_lease=check_lease)
+        checkpoints = CheckpointFolder(
+            folder / "checkpoints", recipe.checkpoint, remedies=remedies_of(recipe), copy=copy
+        )
+        return _train(recipe, mesh=mesh, material=material, checkpoints=checkpoints, check_lease=check_lease)
 
 
 def _train(
-    recipe: Recipe, *, mesh: Mesh, material: Dataset | PromptSet, folder: Path, check_lease: Callable[[], None]
+    recipe: Recipe,
+    *,
+    mesh: Mesh,
+    material: Dataset | PromptSet,
+    checkpoints: CheckpointFolder,
+    check_lease: Callable[[], None],
 ) -> RunEnd:
-    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    folder = checkpoints.folder.parent
     tokenizer = material.tokenizer
     tasks = open_training_tasks(recipe, tokenizer)
     # run.start_from is only used by a new run: a run with checkpoints continues from its own.
     initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.published():
-        source = named(recipe.run.start_from)
+        source = named_checkpoint(recipe.run.start_from)
         if source.path is None or source.manifest is None:
             raise CheckpointError(f"run.start_from: {source.error}")
         initial, before = source.path, source.manifest
@@ -109,20 +127,17 @@ def _train(
     if isinstance(material, PromptSet):
         frozen = open_frozen_models(recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod)
     kernels = _kernels(mesh)
-    start = resume(
-        checkpoints,
-        engine,
-        recipe=recipe,
-        new=RunState(
-            recipe=mapping,
-            data_hash=material.manifest_hash,
-            tokenizer=tokenizer.fingerprint,
-            kernels=kernels,
-            lineage=origin,
-        ),
+    copies = open_copies(recipe.run.memory_copies, mesh, folder)
+    new = RunState(
+        recipe=mapping,
+        data_hash=material.manifest_hash,
+        tokenizer=tokenizer.fingerprint,
+        kernels=kernels,
+        lineage=origin,
     )
+    start, used = resume_from_either(copies, checkpoints, engine, recipe=recipe, new=new)
     step, position = start.state.step, start.state.position
-    if start.path is not None:
+    if step > 0:
         check_frozen_models(frozen, recipe, before=start.state.lineage)
     start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
     if mesh.rank == 0:
@@ -135,7 +150,9 @@ def _train(
     reference: Attach | None = None
     if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
         weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=tokenizer.fingerprint)
-        reference = open_reference(recipe, engine, material, weights, folder=folder, is_new=not checkpoints.published())
+        reference = open_reference(
+            recipe, engine, material, weights, folder=folder, is_new=step == 0 and not checkpoints.published()
+        )
         engine = replace(engine, prepare=reference)
 
     with ExitStack() as stack:
@@ -159,6 +176,7 @@ def _train(
         )
         stack.callback(telemetry.close)
         stream: Stream | PolicyStream
+        spikes = _spike_watch(recipe, start.state.ledger)
         if isinstance(material, PromptSet):
             stream = PolicyStream(
                 recipe,
@@ -168,10 +186,11 @@ def _train(
                 telemetry=telemetry,
                 folder=folder,
                 start=start.state,
-                state=read_stream_state(start.path) if start.path is not None else {},
+                state=read_stream_state(start.path) if start.path is not None else start.stream,
                 oldest_step=checkpoints.oldest_step,
             )
         else:
+            material = material.without(left_out(start.state.ledger.left_out))
             stream = _stream_of_rows(recipe, material, mesh=mesh, position=position)
         stack.enter_context(stream)
 
@@ -192,12 +211,28 @@ def _train(
                     results = task_scores(engine, tasks, tokenizer, shape=recipe.model)
                 telemetry.event("tasks", step=at, tasks=results)
 
+        def state_at(at: int, rows: int) -> RunState:
+            state = replace(start.state, step=at, position=rows, tokens=stream.tokens)
+            return state if spikes is None else replace(state, ledger=spikes.ledger)
+
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()
             with telemetry.phase("staging" if background else "saving"):
-                state = replace(start.state, step=at, position=rows, tokens=stream.tokens)
-                checkpoints.request(engine, state, stream=stream.state(), background=background)
+                checkpoints.request(engine, state_at(at, rows), stream=stream.state(), background=background)
 
+        def copy(at: int, rows: int) -> None:
+            assert copies is not None, "called only if copies are due"
+            copies.request(engine, state_at(at, rows), stream=stream.state())
+
+        def report(skipped: Spike) -> None:
+            text = f"step {skipped.step} is skipped: {skipped.reason}"
+            _record_spike(telemetry, "skip", skipped, text, recipe=recipe, material=material, mesh=mesh)
+
+        if copies is not None:
+            warning = copies.prepare(engine, state_at(step, position), stream=stream.state(), used=used)
+            if warning is not None:
+                telemetry.event("warning", text=warning)
+            stack.callback(copies.close)
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
         stack.callback(profiler.close)
@@ -216,18 +251,112 @@ def _train(
         )
         if step == 0:
             evaluate(0)
-        end = train_loop(
-            recipe,
-            engine=engine,
-            stream=stream,
-            telemetry=telemetry,
-            first_step=step,
-            evaluate=evaluate,
-            checkpoints=checkpoints,
-            save=save,
-            profiler=profiler,
-        )
+        if recipe.run.spikes.policy == "rollback" and not mesh.any_rank(bool(checkpoints.published())):
+            save(0, position, background=False)  # a spike before the first checkpoint goes back to here
+            checkpoints.check(always=True)
+        try:
+            while True:
+                end = train_loop(
+                    recipe,
+                    engine=engine,
+                    stream=stream,
+                    telemetry=telemetry,
+                    first_step=step,
+                    evaluate=evaluate,
+                    checkpoints=checkpoints,
+                    save=save,
+                    report=report,
+                    profiler=profiler,
+                    copies=copies,
+                    copy=copy,
+                    spikes=spikes,
+                )
+                if end.spike is None:
+                    break
+                assert spikes is not None and isinstance(material, Dataset) and isinstance(stream, Stream), (
+                    "checked by the rules"
+                )
+                stream.close()
+                if copies is not None:
+                    copies.discard()
+                with telemetry.phase("going back"):
+                    saved, ledger = _go_back(
+                        end.spike, recipe=recipe, engine=engine, checkpoints=checkpoints, now=spikes.ledger
+                    )
+                text = (
+                    f"step {end.spike.step} is undone: {end.spike.reason}. The run goes back to step {saved.step} and leaves "
+                    f"{_rows_of(ledger) - _rows_of(spikes.ledger)} rows out"
+                )
+                _record_spike(
+                    telemetry, "rollback", end.spike, text, recipe=recipe, material=material, mesh=mesh, to_step=saved.step,
+                    left_out=[list(pair) for pair in ledger.left_out],
+                )  # fmt: skip
+                material = material.without(left_out(ledger.left_out))
+                material.blend.check_length(
+                    recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows
+                )
+                step, spikes = saved.step, SpikeWatch(recipe.run.spikes, ledger)
+                stream = _stream_of_rows(recipe, material, mesh=mesh, position=saved.position)
+                stack.enter_context(stream)
+        except NumericsError:
+            if copies is not None:
+                copies.delete()  # the next start must go back to a checkpoint, as the error says
+            raise
+        if copies is not None:
+            telemetry.event("memory_copies", step=end.step, count=copies.made, stall_s=copies.stall_s)
+            if copies.end(end.step) and mesh.rank == 0:
+                forget_token(folder)
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
+
+
+def _spike_watch(recipe: Recipe, ledger: Ledger) -> SpikeWatch | None:
+    return None if recipe.run.spikes.policy == "stop" else SpikeWatch(recipe.run.spikes, ledger)
+
+
+def _go_back(
+    found: Spike, *, recipe: Recipe, engine: Engine, checkpoints: CheckpointFolder, now: Ledger
+) -> tuple[RunState, Ledger]:
+    """Fill the engine from the newest checkpoint. -> its state, and the ledger to continue with. Collective over the world.
+
+    NumericsError after run.spikes.most_rollbacks; CheckpointError if no checkpoint can be loaded.
+    """
+    checkpoints.wait()
+    spikes, rows = recipe.run.spikes, recipe.run.global_rows
+    ledger_after_rollback(
+        found, spikes, now=now, saved=now, saved_step=0, global_rows=rows
+    )  # too many: stop before loading
+    loaded = checkpoints.resume(engine)
+    if loaded is None:
+        raise CheckpointError(
+            f"{checkpoints.folder} has no checkpoint to go back to from the spike at step {found.step}."
+        )
+    saved = loaded.manifest
+    ledger = ledger_after_rollback(found, spikes, now=now, saved=saved.ledger, saved_step=saved.step, global_rows=rows)
+    return saved, ledger
+
+
+def _record_spike(
+    telemetry: Telemetry, kind: str, found: Spike, text: str, *, recipe: Recipe, material: Dataset | PromptSet, mesh: Mesh,
+    **more: Any,
+) -> None:  # fmt: skip
+    """Record a spike with the documents of its step, and warn. Only rank 0 reads them."""
+    documents: list[dict[str, object]] = []
+    count = 0
+    if mesh.rank == 0 and isinstance(material, Dataset):
+        try:
+            documents, count = documents_of_step(material, found.step, global_rows=recipe.run.global_rows)
+            text += f". Its documents: {named(documents, count)}. `{kind}` in {METRICS} has their text"
+        except (DataError, OSError) as error:
+            text += f". Its documents cannot be read: {error}"
+    telemetry.event(
+        kind, step=found.step, reason=found.reason, loss=found.loss, grad_norm=found.grad_norm, documents=documents,
+        documents_in_step=count, **more,
+    )  # fmt: skip
+    telemetry.event("warning", text=text + ".")
+
+
+def _rows_of(ledger: Ledger) -> int:
+    return left_out(ledger.left_out).rows
 
 
 def _heldout_preferences(
@@ -308,6 +437,11 @@ def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
 
 
 def _set_threads(threads: int) -> None:
+    """run.threads, or what OMP_NUM_THREADS says, or this process's share of the cores. torch has read the variable already. The 1
+    that torchrun sets by itself cannot be told from a user's, so under torchrun 1 does not count."""
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    if not threads and variable and not ("TORCHELASTIC_RUN_ID" in os.environ and variable == "1"):
+        return
     cores = len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, cores // local))

@@ -6,6 +6,7 @@ the k-th draw from a source of n rows is number k mod n of epoch k // n in that 
 keyed by (seed, source, epoch). No index array is stored. Start-up time and memory do not depend on the size of the data.
 """
 
+import copy
 import hashlib
 import math
 from bisect import bisect_right
@@ -16,6 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from data.order.curriculum import Curriculum, Window
+from data.order.left_out import LeftOut
 from data.order.permutation import RowOrder
 from data.order.shares import Phase
 from data.system.recent import Recent
@@ -97,10 +99,24 @@ class Blend:
         self._is_capped = any(most is not None for most in self._most)
         self._limits = np.array([math.inf if most is None else most for most in self._most])
         self._draws: Recent[int, Draw] = Recent(most=_CACHED_WINDOWS)
+        self.left_out = LeftOut()
+        """Rows of the order that no position has."""
+
+    def without(self, left_out: LeftOut) -> "Blend":
+        """The same order without some of its rows: later rows move up."""
+        shorter = copy.copy(self)
+        shorter.left_out = left_out
+        return shorter
+
+    @property
+    def stop(self) -> int | None:
+        """Position after the last row that can be drawn; None if there is no last one."""
+        end = self.curriculum.stop
+        return None if end is None else max(0, end - self.left_out.rows)
 
     def draw(self, positions: np.ndarray) -> Draw:
         """Source and row at `positions` (int64, any order). Depends on nothing else. DataError past a source's max_epochs."""
-        positions = np.asarray(positions, dtype=np.int64)
+        positions = self.left_out.places(positions)
         if not len(positions):
             return Draw(*(np.empty(0, dtype=np.int64) for _ in range(3)))
         first, last = min(positions.tolist()), max(positions.tolist())
@@ -141,7 +157,7 @@ class Blend:
 
     def epochs(self, position: int) -> np.ndarray:
         """[sources] float64: how many times each source was read in full before `position`."""
-        return self.curriculum.drawn(position) / self._rows
+        return self.curriculum.drawn(self.left_out.place(position)) / self._rows
 
     @property
     def order(self) -> int:
@@ -155,6 +171,7 @@ class Blend:
 
         The message gives the step at which the source has no rows left, and the remedies.
         """
+        rows = rows + self.left_out.rows  # the rows left out come before the run's end, or cost nothing
         end = self.curriculum.stop
         if end is not None and rows > end:
             raise DataError(
@@ -185,6 +202,7 @@ class Blend:
 
     def positions_of(self, source: int, row: int, *, stop: int) -> list[int]:
         """Every position below `stop` at which this row of this source is drawn, in order."""
+        stop = self.left_out.place(stop)
         stop = stop if self.curriculum.stop is None else min(stop, self.curriculum.stop)
         total = int(self.curriculum.drawn(stop)[source])
         rows, found = int(self._rows[source]), []
@@ -192,7 +210,8 @@ class Blend:
             nth = epoch * rows + self._orders[source].index_of(row, epoch)
             if nth < total:
                 found.append(self._position_of(source, nth, stop))
-        return found
+        kept = (self.left_out.position(place) for place in found)
+        return [place for place in kept if place is not None]
 
     def _position_of(self, source: int, nth: int, stop: int) -> int:
         """Position of the nth draw (from 0) of a source. It must be below `stop`."""

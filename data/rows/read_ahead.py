@@ -91,7 +91,7 @@ class FetchAhead:
                 if not need.is_begun:
                     need.is_begun = True
                     return need.entry
-            stop = min(self._examined + WINDOW_ROWS, self._blend.curriculum.stop or self._examined + WINDOW_ROWS)
+            stop = min(self._examined + WINDOW_ROWS, self._blend.stop or self._examined + WINDOW_ROWS)
             is_all = len(self._needed) == self._shard_count
             if is_all or self._is_full or stop <= self._examined or stop > self.position + _MOST_ROWS_AHEAD:
                 return None

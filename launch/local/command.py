@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from data.system.retry import wait_s
@@ -18,8 +19,10 @@ from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import decide
-from launch.local.failures import failure_message
+from launch.local.failing_rank import Team
+from launch.local.failures import failure_message, stacks_message
 from launch.local.supervise import StopRequest, run_attempt, say
+from launch.local.warm_process import WarmProcess
 from launch.runs import RunFolder
 from launch.user_errors import exit_status
 from recipes.schema import units
@@ -31,6 +34,8 @@ from recipes.schema.recipe import Recipe
 
 _MOST_WAIT_S = 300.0
 """Longest wait before a restart."""
+_IMPORTS = ("torch._dynamo", "train.run")
+"""What every rank imports: most of the time of a start."""
 _EXAMPLES = """
 stratum launch local -cn smoke                                          as many processes as the recipe needs
 stratum launch local -cn smoke run.name=two parallel.tensor=2           two processes
@@ -83,6 +88,8 @@ def _launch(recipe: Recipe, words: Sequence[str], *, show: str) -> int:
         processes=processes,
         environment=environment,
         shown=shown,
+        modules=_IMPORTS,
+        devices=tuple(_visible_gpus()[:gpus]) if gpus else (),
     )
 
 
@@ -94,32 +101,47 @@ def run_to_end(
     processes: int,
     environment: dict[str, str],
     shown: frozenset[int],
+    modules: Sequence[str] = (),
+    devices: tuple[str, ...] = (),
 ) -> int:
-    """Start attempts until the run is finished or stopped, or must not be restarted. -> exit status."""
+    """Start attempts until the run is finished or stopped, or must not be restarted. -> exit status.
+
+    modules: what a process imports that forks all ranks (launch.local.warm_process); empty: each rank is a new process. devices:
+    visible GPUs, by name.
+    """
     failures = 0
+    team = Team(processes, devices)
+    copies = recipe.run.memory_copies.every_steps > 0
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
-    with StopRequest() as stop:
+    with StopRequest() as stop, ExitStack() as stack:
+        warm = stack.enter_context(WarmProcess(modules, environment)) if modules else None
         while True:
-            before = run.newest_checkpoint()
+            before, step_before = run.newest_checkpoint(), run.step()
             logs = _new_folder(run.logs)
             end = run_attempt(
                 command,
-                processes=processes,
+                processes=team.processes,
                 environment=environment,
                 logs=logs,
                 shown=shown,
                 grace_s=recipe.launch.grace_s,
                 stop=stop,
                 use_terminal=use_terminal,
+                warm=warm,
             )
             if end.failures:
                 say(failure_message(logs, end.failures, seen_live=shown))
+            if stacks := stacks_message(logs, end.hung):
+                say(stacks)
             if end.status == 0 or stop.received:
                 return end.status
+            has_progress = run.newest_checkpoint() not in (None, before) or (copies and run.step() > step_before)
+            if end.failures:
+                team = team.after_failure(end.failures[0].rank, has_progress=has_progress)
             decision = decide(
                 end.status,
                 at_last_step=run.checkpoint_step() >= recipe.run.steps,
-                has_new_checkpoint=run.newest_checkpoint() not in (None, before),
+                has_new_checkpoint=has_progress,
                 failures=failures,
                 restarts=recipe.launch.restarts,
                 in_queue=False,
@@ -128,8 +150,18 @@ def run_to_end(
             if decision.action != "again":
                 say(f"no restart: {decision.reason}")
                 return end.status
+            changed = team.without_suspect(recipe, may_shrink=run.newest_checkpoint() is not None)
+            if changed is not None:
+                (team, text), failures = changed, 0
+                say(text)
+                environment = {
+                    **environment,
+                    **({"CUDA_VISIBLE_DEVICES": ",".join(team.devices)} if team.devices else {}),
+                }
             delay = wait_s(failures, first_s=recipe.launch.backoff_s, most_s=_MOST_WAIT_S)
             from_where = run.newest_checkpoint() or "the beginning"
+            if copies:
+                from_where = f"copies in memory, or from {from_where},"
             when = f"in {delay:g} s (Ctrl-C cancels)" if delay else "at once"
             say(f"{decision.reason}; starting again from {from_where} {when}")
             if stop.wait(delay):
@@ -151,12 +183,17 @@ def _degrees(recipe: Recipe) -> int:
 
 
 def _gpus() -> int:
-    """Number of GPUs that processes on this machine can use, from the driver's files, without CUDA."""
+    """Number of GPUs that processes on this machine can use."""
+    return len(_visible_gpus())
+
+
+def _visible_gpus() -> list[str]:
+    """Their names in CUDA_VISIBLE_DEVICES, or their numbers, from the driver's files, without CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
+    return [str(number) for number in range(len(list(driver.iterdir())))] if driver.is_dir() else []
 
 
 def _environment(recipe: Recipe, processes: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
+from recipes.schema.ledger import Ledger
 from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 from recipes.schema.run_folder import CHECKPOINTS, METRICS, POINTER, how_to_import, pointed_at, read_metrics
 from recipes.schema.run_folder import name_of as name_of
@@ -107,6 +108,12 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         f"{path} is neither a checkpoint (it has no {MANIFEST}) nor a run with a checkpoint. Name a folder like runs/NAME or "
         f"runs/NAME/checkpoints/{name_of(1000)}."
     )
+
+
+def ledger_in(run: Path) -> Ledger:
+    """The ledger in the newest complete checkpoint of a run's folder; an empty one without a checkpoint."""
+    good, _ = candidates(run / CHECKPOINTS)
+    return good[0][1].ledger if good else Ledger()
 
 
 def lost_run(folder: Path) -> str:

@@ -20,6 +20,7 @@ from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
+from recipes.schema.expert_rules import expert_precision_problems, expert_problems
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
 from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
@@ -34,8 +35,10 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.resilience_rules import spike_problems
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
+from recipes.schema.storage_rules import storage_notes, storage_problems
 from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
 from recipes.schema.weight_formats import rounding_problems
@@ -63,6 +66,7 @@ def problems(
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
+        *spike_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -77,11 +81,13 @@ def problems(
             world=world,
         ),
         *environment_problems(recipe.launch.environment),
+        *storage_problems(recipe),
         *distill_problems(recipe),
         *grpo_problems(recipe, backend=backend),
         *data_fit_problems(recipe),
         *dpo_problems(recipe),
         *reward_problems(recipe),
+        *expert_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
@@ -123,7 +129,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
     if idle := unused(recipe.objective):
         text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
-    found += grpo_notes(recipe)
+    found += grpo_notes(recipe) + storage_notes(recipe)
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
@@ -234,6 +240,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
     found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
+    found += expert_precision_problems(recipe.model, precision, backend=backend)
     return found + (_shapes(recipe) if backend == "te" else [])
 
 
@@ -398,7 +405,7 @@ def _run_problems(
         )
     elif disk.lost is not None:
         found.append(disk.lost)
-    elif recipe.checkpoint.resume == "required":
+    elif recipe.checkpoint.resume == "required" and recipe.run.storage is None:  # the storage may have one
         found.append(required_problem(folder / "checkpoints"))
     return found
 

@@ -3,10 +3,12 @@
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from recipes.schema.fields import Count, PositiveInt, Seed
+from recipes.schema.memory_copies import MemoryCopiesConfig
+from recipes.schema.spikes import SpikesConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,10 @@ class RunConfig:
     """Total number of optimizer steps (a resumed run counts its earlier steps)."""
     folder: str = "runs"
     """Folder of all runs."""
+    storage: str | None = None
+    """Address of object storage for all runs: `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. Each new checkpoint is copied to
+    `storage`/`name` in the background, with metrics.jsonl and recipe.yaml. A run on an empty machine starts from the newest
+    checkpoint there (docs/storage.md). Needs the extra `storage`. null: the folder only."""
     seed: Seed = 1234
     """Seed of the initial weights. The data order has its own seed, `data.seed`."""
     global_rows: PositiveInt = 8
@@ -30,7 +36,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one."""
     threads: Count = 0
-    """CPU threads of a process; 0: divide the machine's cores among the processes on it."""
+    """CPU threads of a process; 0: the environment variable OMP_NUM_THREADS, or without it the machine's cores divided among the
+    processes on it. (Under torchrun, which sets OMP_NUM_THREADS=1 by itself, 1 counts as not set.)"""
     stop_after_steps: PositiveInt | None = None
     """Stop, with a checkpoint, after this many steps of this process; null: train to `steps`. For machines with time slices."""
     start_from: str | None = None
@@ -46,3 +53,7 @@ class RunConfig:
     garbage_every_steps: Count = 50
     """Steps between collections of Python's cyclic garbage. In between, none interrupts a step: with many ranks each pause delays
     all others. 0: leave it to Python."""
+    memory_copies: MemoryCopiesConfig = field(default_factory=MemoryCopiesConfig)
+    """Copies of the training state in memory, for a fast return after a failure."""
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    """What happens when a loss or gradient is not finite, or an outlier."""

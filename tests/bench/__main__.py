@@ -118,6 +118,7 @@ def loop_of(engine: Engine, recipe: Recipe, folder: Path, peak: float) -> Iterat
                 end = train_loop(
                     recipe, engine=engine, stream=stream, telemetry=telemetry, first_step=step,
                     evaluate=lambda _step: None, checkpoints=checkpoints, save=lambda *_at, **_how: None,
+                    report=lambda _spike: None,
                     profiler=Profiler(run, folder=folder, chunks=(), rank=0, device=engine.mesh.device),
                 )  # fmt: skip
             step = end.step

@@ -20,7 +20,7 @@ STOREYS = (
     # data
     ("data", "data.system", "data.chat.record"),
     ("data.chat.preferences",),
-    ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
+    ("data.native", "data.bucket", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.chat",),
     ("data.rows", "data.make"),
     ("data.prepared",),
@@ -41,7 +41,7 @@ STOREYS = (
     ),
     ("launch.plan.published", "launch.compose", "launch.lease"),
     ("launch.plan", "launch.local"),
-    ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),
+    ("launch.slurm", "launch.kubernetes", "launch.stages", "launch.smoke", "launch.doctor"),
     ("launch.status", "launch.logs"),
     ("launch.__main__",),
     # train
@@ -59,6 +59,7 @@ STOREYS = (
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint", "train.report"),
+    ("train.copies",),
     (
         "train.distill",
         "train.align.dpo",
@@ -71,7 +72,7 @@ STOREYS = (
     ("train.quantize.calibrate",),
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
-    ("train.align",),
+    ("train.align", "train.merge"),
     ("train.run",),
     ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),

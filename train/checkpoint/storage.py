@@ -9,6 +9,7 @@ Tensors have whole-model names and are read box by box, so any layout can read a
 tensors of all ranks are fingerprinted and compared with the manifest, so that training continues from what was saved.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +28,17 @@ from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite
 from train.checkpoint.pieces import (
     LocalTensor,
+    OptimizerPart,
     copied_pieces,
     local_tensors_of,
     optimizer_parts,
     optimizer_pieces,
     owned_pieces,
+    part_pieces,
+    resident_pieces,
     weight_pieces,
 )
-from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state
+from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state, set_random_states
 from train.checkpoint.saving import Snapshot
 from train.checkpoint.stream_state import STREAM, stream_pieces
 from train.engine import Engine
@@ -55,15 +59,34 @@ def snapshot_of(engine: Engine, state: RunState, stream: Mapping[str, torch.Tens
     (`stream_state`), the same on every rank.
     """
     engine.precision.gather_state()
-    modules = [chunk.module for chunk in engine.chunks]
-    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
-    parts = optimizer_parts(engine.optimizer, modules, local_tensors)
-    tokens = state.tokens or state.position * engine.row_tokens
-    state = replace(state, layout=_layout(engine.mesh), tokens=tokens)
-    manifest = _manifest_of(state, updates=_updates(engine))
+    manifest = _manifest_at(engine, state)
+    local_tensors, parts = _local_state(engine)
     pieces = [*owned_pieces(local_tensors, parts), *random_pieces(engine.mesh)]
     pieces += stream_pieces(stream or {}, rank=engine.mesh.rank)
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
+
+
+def state_at_boundary(
+    engine: Engine, state: RunState, stream: Mapping[str, torch.Tensor]
+) -> tuple[Manifest, list[Piece]]:
+    """The manifest, and the small pieces of this rank's state that the next forward pass changes: random state, stream.
+
+    Collective, and state and stream, as in `snapshot_of`."""
+    engine.precision.gather_state()
+    return _manifest_at(engine, state), [*random_pieces(engine.mesh), *stream_pieces(stream, rank=0)]
+
+
+def state_until_update(engine: Engine) -> list[Piece]:
+    """The rest of what this rank needs to continue at the same layout (`fill_resident`): what the next update changes. Not
+    collective; may be called in another thread."""
+    return resident_pieces(*_local_state(engine))
+
+
+def _manifest_at(engine: Engine, state: RunState) -> Manifest:
+    """The manifest of the engine's state, without tensors."""
+    tokens = state.tokens or state.position * engine.row_tokens
+    state = replace(state, layout=layout_of(engine.mesh), tokens=tokens)
+    return _manifest_of(state, updates=_updates(engine))
 
 
 def read_training(folder: Path, engine: Engine) -> Manifest:
@@ -75,9 +98,7 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     reader, error = _open(folder)
     _raise_if_any(error)
     assert reader is not None
-    modules = [chunk.module for chunk in engine.chunks]
-    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
-    parts = optimizer_parts(engine.optimizer, modules, local_tensors)
+    local_tensors, parts = _local_state(engine)
     has_optimizer = reader.manifest.updates is not None
     loading = _Loading(reader, engine.mesh.device)
     loading.request(weight_pieces(local_tensors))
@@ -96,6 +117,93 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     _raise_if_any(_error_in(lambda: restore_random_state(reader, engine.mesh)))
     engine.precision.apply_state()
     return reader.manifest
+
+
+def fill_resident(
+    engine: Engine, manifest: Manifest, stored: Mapping[str, tuple[torch.Tensor, Sums]], *, place: str
+) -> str | None:
+    """Fill this rank from a copy of `state_at_boundary` and `state_until_update`, and verify it. -> why it cannot be used, if so.
+
+    Collective over the world: if any rank returns a reason, no rank may train on, because the engine is partly filled. stored:
+    values and fingerprint by label. place: where they come from, for the reason.
+    """
+    local_tensors, parts = _local_state(engine)
+    random = {piece.label: piece for piece in random_pieces(engine.mesh)}
+    error = None
+    for piece in [*resident_pieces(local_tensors, parts), *random.values()]:
+        values, sums = stored.get(piece.label, (None, None))
+        if values is None or (values.dtype, values.numel()) != (piece.data.dtype, piece.data.numel()):
+            error = f"{place} {OTHER_MODEL}: {piece.label} {'is missing' if values is None else 'has another format'}."
+            break
+        piece.data.copy_(values.view_as(piece.data))
+        if piece.sums() != sums:
+            error = f"{place} is damaged: {piece.label} is not what was copied (its fingerprint differs)."
+            break
+    _copy_back_to_fp8(local_tensors)
+    for chunk in engine.chunks:
+        chunk.start_param_sync(force_sync=True)  # ranges of weights that other data-parallel ranks have filled
+    if not _weights_are_as_filled(engine):
+        error = error or f"{place}: the weights gathered from the other ranks are not what these have filled."
+    for group in engine.optimizer.param_groups:
+        group["step"] = manifest.updates or 0
+    engine.precision.apply_state()
+    if error is None:
+        states = {label.split("[")[0].split(".", 2)[2]: piece.data for label, piece in random.items()}
+        error = _error_in(lambda: set_random_states(states, engine.mesh, place=place))
+    return error
+
+
+def _weights_are_as_filled(engine: Engine) -> bool:
+    """Whether this rank's trained weights are the ranges that the ranks with the same weights have, put together. Collective over
+    the data-parallel (and context) ranks, and for experts over the ranks with the same experts."""
+    local_tensors, parts = _local_state(engine)
+    of_experts = {
+        f"{index}/{name}"
+        for index, chunk in enumerate(engine.chunks)
+        for name, parameter in chunk.module.named_parameters()
+        if not getattr(parameter, "allreduce", True)  # Megatron's mark of an expert's parameter
+    }
+    trained = {name: local for name, local in local_tensors.items() if local.is_trained}
+    groups = engine.mesh.groups
+    return all(
+        [
+            _ranges_are_whole(
+                {name: local for name, local in trained.items() if (name in of_experts) == is_expert},
+                parts,
+                group=groups.expt_dp if is_expert else groups.dp_cp,
+                device=engine.mesh.device,
+            )
+            for is_expert in (False, True)
+        ]
+    )
+
+
+def _ranges_are_whole(
+    weights: Mapping[str, LocalTensor], parts: Sequence[OptimizerPart], *, group: Any, device: torch.device
+) -> bool:
+    """`_weights_are_as_filled` for the weights of one group. Collective over it."""
+    if not weights or group.size() == 1:
+        return True  # this rank's ranges are the whole weights
+    number = {id(local): at for at, local in enumerate(weights.values())}
+    ranges = [fingerprint.ZERO] * len(weights)
+    for part in parts:
+        if (at := number.get(id(part.local))) is not None:
+            ranges[at] = fingerprint.add(ranges[at], _sums_of_all(part_pieces(part)["weight"]))
+    together = fingerprint.to_tensor(ranges).to(device)
+    dist.all_reduce(together, group=group)
+    whole = [_sums_of_all(weight_pieces({name: local})) for name, local in weights.items()]
+    return fingerprint.from_tensor(together.cpu()) == whole
+
+
+def _sums_of_all(pieces: Sequence[Piece]) -> Sums:
+    return functools.reduce(fingerprint.add, (piece.sums() for piece in pieces), fingerprint.ZERO)
+
+
+def _local_state(engine: Engine) -> tuple[dict[str, LocalTensor], list[OptimizerPart]]:
+    """What this rank has of the model and of the optimizer's state."""
+    modules = [chunk.module for chunk in engine.chunks]
+    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
+    return local_tensors, optimizer_parts(engine.optimizer, modules, local_tensors)
 
 
 def read_weights(
@@ -327,7 +435,8 @@ def _manifest_of(state: RunState, *, updates: int | None = None) -> Manifest:
     return Manifest(**known, versions=_versions(), updates=updates)
 
 
-def _layout(mesh: Mesh) -> dict[str, int]:
+def layout_of(mesh: Mesh) -> dict[str, int]:
+    """The mesh's degrees of parallelism as a manifest has them."""
     return {key: value for key, value in asdict(mesh.layout).items() if isinstance(value, int)}
 
 

@@ -47,6 +47,8 @@ class Screen:
         self._first = first_step
         self._started: float | None = None
         self._precision_at = precision_at
+        self._reward: float | None = None
+        """Mean reward of the newest batch of answers; None if the objective has none."""
         self._live = live and self._console.is_terminal
         step = f"{total_steps}/{total_steps}"
         room = max(len("loss 8.8523"), self._console.width - len(f"evaluating  {step}  {_ELAPSED} {_LEFT}") - 1)
@@ -81,6 +83,8 @@ class Screen:
 
     def write(self, lines: list[Line]) -> None:
         for line in lines:
+            if line["kind"] == "rollouts":
+                self._reward = self._reward if line["reward_mean"] is None else line["reward_mean"]
             if line["kind"] != "step" and (text := self._event_text(line)):
                 self._say(text)
         steps = [line for line in lines if line["kind"] == "step"]
@@ -89,6 +93,8 @@ class Screen:
         last = steps[-1]
         speed = len(steps) / sum(1 / line["tokens_per_s"] for line in steps)
         numbers = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s"
+        if self._reward is not None:
+            numbers = f"reward {self._reward:.3f}  KL {last['loss_parts']['kl']:.4f}  {numbers}"
         if "mfu" in last:
             numbers += f"  MFU {100 * last['mfu'] * speed / last['tokens_per_s']:.0f} %"
         if precision := self._precision_at(last["tokens"]):
@@ -120,6 +126,15 @@ class Screen:
                 return f"warning: step {line['step']}: {line['error']} Trying again in {line['wait_s']:g} s."
             case "save_failed":
                 return f"warning: step {line['step']} was not saved: {line['error']}"
+            case "storage_fetch":
+                return f"step {line['step']}: fetched from {line['storage']} in {line['seconds']:.1f} s and verified"
+            case "storage_copy":
+                size = units.size(line["bytes"])
+                return f"step {line['step']}: copied to {line['path']} ({size} in {line['seconds']:.1f} s)"
+            case "storage_retried":
+                return f"warning: step {line['step']}: {line['error']} Copying again in {line['wait_s']:g} s."
+            case "storage_failed":
+                return f"warning: {line['error']}"
             case "audit":
                 return line["text"]
             case "resume":

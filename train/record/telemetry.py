@@ -9,8 +9,11 @@ line per step. Everything else is made from metrics.jsonl:
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
     {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
+    {"kind": "skip" | "rollback", "step": 12, "reason": ..., "loss": ..., "grad_norm": ..., "documents": [...], ...}
+    {"kind": "experts", "step": 20, "layers": [{"layer": 1, "load_max": 1.3, "entropy": 0.98, "dropped": 0.0, ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
     {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}
+    {"kind": "storage_fetch" | "storage_copy" (durable in storage) | "storage_retried" | "storage_failed", "step": 100, ...}
     {"kind": "start" | "resume" | "audit" | "warning" | ..., "step": ..., ...}
 
 Numbers are written so that they read back to the same bits. Lines are only appended: repeated steps after a resume appear
@@ -22,7 +25,7 @@ fails is switched off with a warning.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -130,12 +133,15 @@ class Telemetry:
         tokens: int | None = None,
         step_tokens: int | None = None,
         labels: int | None = None,
+        counts: Mapping[str, int] | None = None,
+        is_skipped: bool = False,
     ) -> None:
         """Record one finished step. `loss` is this rank's share; the next flush, possibly in this call, sums it over ranks.
 
         Nothing is read from the device before the flush. seconds: time of each part; their sum is the step's time. If it is a
         function, it is called at the flush, on the writer only.
         parts: this rank's share of the loss's parts (`loss_parts`). labels: learned labels of the step, where not all are.
+        counts: numbers of events so far, such as skipped steps. is_skipped: the step changed no weights, so its loss may be NaN.
         tokens, step_tokens: of all steps so far and of this one, where they do not follow from the number of steps.
         """
         self._losses[len(self._pending), 0] = loss.detach()
@@ -154,6 +160,8 @@ class Telemetry:
                 "seconds": seconds,
                 "time": time.time(),
                 **({} if labels is None else {"labels": labels}),
+                **{name: count for name, count in (counts or {}).items() if count},
+                **({"skipped": True} if is_skipped else {}),
             }
         )
         if self._screen:
@@ -168,7 +176,11 @@ class Telemetry:
         losses = self._reduce(self._losses[: len(self._pending)].clone()).tolist()
         lines, self._pending = self._pending, []
         if self.not_finite is None:
-            wrong = ((line["step"], loss) for line, (loss, *_) in zip(lines, losses, strict=True))
+            wrong = (
+                (line["step"], loss)
+                for line, (loss, *_) in zip(lines, losses, strict=True)
+                if not line.get("skipped", False)
+            )
             self.not_finite = next((found for found in wrong if not math.isfinite(found[1])), None)
         if self._record is None:
             return
@@ -200,6 +212,11 @@ class Telemetry:
                 f"{worst.saturated:.3%} saturated, {worst.underflowed:.3%} became zero"
                 + ("; their layers continue in high precision" if policy == "high_precision" else "")
             )
+
+    def experts(self, step: int, readings: Sequence[Any]) -> None:
+        """Write what the routers of `E` layers did since the last call (`train.model.experts.LoadReading`)."""
+        if readings:
+            self.event("experts", step=step, layers=[asdict(reading) for reading in readings])
 
     def evaluation(self, step: int, by_source: dict[str, float]) -> None:
         """Write held-out bits per byte by source."""

@@ -18,6 +18,7 @@ from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
+from train.report.experts import experts_section, is_reading
 from train.report.precision import draw_precision, in_picture, is_measurement, precision_section
 from train.report.tasks import Scores, draw_tasks, is_scores, tasks_section
 
@@ -45,6 +46,10 @@ class RunRecord:
         """Measurements of quantised operands, the last of each step."""
         last = {line["step"]: line for line in self.events if line["kind"] == "precision" and is_measurement(line)}
         return [last[step] for step in sorted(last)]
+
+    def experts(self) -> list[dict[str, Any]]:
+        """Readings of the routers of expert layers."""
+        return [line for line in self.events if line["kind"] == "experts" and is_reading(line)]
 
     def tasks(self) -> Scores:
         """Scores of tasks by step, the last of each step."""
@@ -154,7 +159,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
         top.plot(steps, smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
-        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {unit_of(recipe)}")
+        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {unit_of(recipe)}" if unit_of(recipe) else "loss")
         top.tick_params(labelbottom=False)
         below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -197,6 +202,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
         *_heldout(record),
         *(tasks_section(scored) if (scored := record.tasks()) else []),
         *(precision_section(measured) if (measured := record.precision()) else []),
+        *(experts_section(readings[-1]) if (readings := record.experts()) else []),
         *_times(record),
         *_resumes(record),
     ]
@@ -260,8 +266,8 @@ def _code_before(text: str, separator: str) -> str:
 
 
 def unit_of(recipe: dict[str, Any]) -> str:
-    """What the training loss is a mean over."""
-    return {"reward": "context", "dpo": "pair"}.get(recipe.get("objective", {}).get("kind", ""), "token")
+    """What the training loss is a mean over, in nats; empty for GRPO, whose loss is not in nats."""
+    return {"reward": "context", "dpo": "pair", "grpo": ""}.get(recipe.get("objective", {}).get("kind", ""), "token")
 
 
 def _loss_change(losses: list[float], *, unit: str) -> str:
@@ -269,7 +275,7 @@ def _loss_change(losses: list[float], *, unit: str) -> str:
     count = min(50, max(1, len(losses) // 10))
     first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
     of = f" (means of the first and last {count} steps)" if count > 1 else ""
-    return f"{first:.4f} -> {last:.4f} nats per {unit}{of}"
+    return f"{first:.4f} -> {last:.4f}{f' nats per {unit}' if unit else ''}{of}"
 
 
 def _loss(recipe: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from recipes.schema.errors import StratumError
 from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
+from train.record.displays import Screen
 from train.record.machine import peak_by_name, peak_flops
 from train.record.metrics import JsonLines
 from train.record.stopwatch import Stopwatch
@@ -340,6 +341,16 @@ def test_phases_are_timed(tmp_path: Path) -> None:
     telemetry.close()
     last = read_metrics(tmp_path / METRICS)[-1]
     assert (last["kind"], last["name"]) == ("phase", "saving") and 0 <= last["seconds"] < 1
+
+
+def test_the_line_of_grpo_shows_the_newest_reward_and_the_divergence(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(9, 0, live=False)
+    step = {"kind": "step", "step": 4, "loss": 0.5, "tokens_per_s": 200.0, "tokens": 8, "learning_rate": 0.1}
+    step["loss_parts"] = {"kl": 0.0125}
+    rewards = [{"kind": "rollouts", "reward_mean": value} for value in (0.25, 0.75, None)]
+    screen.write([*rewards, step])
+    screen.close()
+    assert "reward 0.750  KL 0.0125  loss 0.5000  200 tok/s" in capsys.readouterr().err
 
 
 def test_a_plain_line_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
