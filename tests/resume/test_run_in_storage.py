@@ -7,17 +7,24 @@ from pathlib import Path
 
 import pytest
 from object_server import object_server
-from processes import STEPS, finish, losses, start, wait_for_step
+from processes import finish, losses, start, wait_for_step
 
+from data.bucket.bucket import Bucket
+from launch.lease import LeaseError
 from launch.runs import RunFolder
 from launch.status import main as status
 from recipes.schema.run_folder import METRICS, read_metrics
+from train.resilience.storage_lease import take
+
+STEPS = 240
+"""Enough to be killed in the middle."""
 
 
 @pytest.mark.slow
 def test_a_run_whose_disk_is_lost_continues_from_storage(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = [*words, f"run.steps={STEPS}"]
     finish(start(words, "whole"))
     whole = losses(tmp_path / "whole")
     with object_server() as server:
@@ -29,8 +36,8 @@ def test_a_run_whose_disk_is_lost_continues_from_storage(
         wait_for_step(run, 8, child)
         while not server.names("manifest.json"):
             time.sleep(0.01)
-        refused = finish(start([*words, f"run.folder={tmp_path / 'elsewhere'}"], "stored", extra=stored), status=2)
-        assert "s3://bucket/runs/stored belongs to process" in refused
+        with pytest.raises(LeaseError, match=f"belongs to process {child.pid}"):
+            take(Bucket("s3://bucket/runs/stored"))
         child.send_signal(signal.SIGKILL)
         child.communicate()
         shutil.rmtree(run)
