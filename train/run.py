@@ -304,8 +304,7 @@ def _train(
             raise
         if copies is not None:
             telemetry.event("memory_copies", step=end.step, count=copies.made, stall_s=copies.stall_s)
-            copies.end(end.step)
-            if mesh.rank == 0:
+            if copies.end(end.step) and mesh.rank == 0:
                 forget_token(folder)
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 

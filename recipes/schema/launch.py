@@ -112,6 +112,10 @@ class LaunchConfig:
     backoff_s: PositiveFloat = 10.0
     """Wait before the first restart without a new checkpoint (`stratum launch local`). Each successive wait is twice as long, at
     most 5 minutes. After a new checkpoint there is no wait."""
+    least_processes: PositiveInt | None = None
+    """`stratum launch local`: if one rank fails first twice in a row without progress, and no spare GPU is left, continue with
+    fewer data-parallel replicas at the same global batch, with at least this many processes; null: never. Needs a checkpoint,
+    because another layout cannot use copies in memory."""
     grace_s: PositiveFloat = 600.0
     """Time after a signal to finish the step and save, before processes are killed: at least the longest step and a save."""
     environment: str = ""

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,20 @@ def bench_copies(recipe: Recipe, folder: Path, rounds: int) -> dict[str, float]:
         batch = batch_of(recipe.model.vocab)
         step = 0
 
-        def train(before_update: Callable[[], None] | None = None) -> None:
+        def train(*, copy: bool) -> None:
             nonlocal step
-            train_step(engine, [batch], step=step, learning_rate=1e-3, watch=Stopwatch(), before_update=before_update)
+            if copy:
+                copies.request(engine, RunState(step=step, position=step), stream={})
+            train_step(
+                engine, [batch], step=step, learning_rate=1e-3, watch=Stopwatch(), before_update=copies.before_update
+            )
             step += 1
 
         for number in range(rounds + WARM_UP):
             for turn in (True, False) if number % 2 else (False, True):
                 before = copies.stall_s
-                if turn:
-                    state = RunState(step=step, position=step)
-                    took = timed(
-                        lambda state=state: (copies.request(engine, state, stream={}), train(copies.before_update))
-                    )
-                    copies.wait()
-                else:
-                    took = timed(train)
+                took = timed(partial(train, copy=turn))
+                copies.wait()
                 if number >= WARM_UP:
                     seconds["with" if turn else "without"].append(took)
                     if turn:
@@ -118,7 +117,8 @@ def bench_return(folder: Path, words: list[str]) -> None:
     """Kill rank 1 of two in the middle of a run, and look at what happened when."""
     run = folder / "return"
     command = [*stratum("launch", "local", "-cn", "smoke"), "run.name=return", f"run.folder={folder}", "--nproc", "2",
-               "run.threads=1", "telemetry.log_every_steps=1", "checkpoint.every_steps=0", "run.steps=14",
+               "run.threads=1", "run.microbatch_rows=4", "telemetry.log_every_steps=1", "checkpoint.every_steps=0",
+               "run.steps=14", "evaluate.rows_per_source=1",
                "run.memory_copies.every_steps=1", f"run.memory_copies.folder={folder}", *words]  # fmt: skip
     started = time.time()
     with (folder / "output").open("w") as output:
@@ -127,9 +127,13 @@ def bench_return(folder: Path, words: list[str]) -> None:
         )
         try:
             wait_for(lambda: lines_of(run, "step")[7:], child, folder)
-            owner = json.loads(max((run / "lease").glob("*.json")).read_text())
+            owner = newest_owner(run)
             killed = time.time()
             os.kill(owner["pid"], signal.SIGKILL)
+            wait_for(lambda: len(list((run / "logs").iterdir())) > 1, child, folder)
+            again = time.time()
+            wait_for(lambda: newest_owner(run)["pid"] != owner["pid"], child, folder)
+            taken = time.time()
             status = child.wait(timeout=300)
         finally:
             child.kill()
@@ -141,17 +145,22 @@ def bench_return(folder: Path, words: list[str]) -> None:
     print("| return after a kill, two processes | s |\n|---|---|")
     print(f"| first start: command to the end of the first step | {first['time'] - started:.1f} |")
     for name, value in (
-        (
-            "kill to the new trainer's first line (detection, fork, groups, data, model, state)",
-            machine["time"] - killed,
-        ),
-        ("until it trains", resumed["time"] - machine["time"]),
+        ("detection: kill to the next attempt", again - killed),
+        ("fork, recipe, data, process groups: until the trainer owns the run", taken - again),
+        ("model, optimizer, state from memory", machine["time"] - taken),
+        ("memory for the next copies", resumed["time"] - machine["time"]),
         ("first step", back["time"] - resumed["time"]),
         ("**kill to the end of the next step**", back["time"] - killed),
     ):
         print(f"| {name} | {value:.1f} |")
     before = max(line["step"] for line in lines_of(run, "step") if line["time"] < killed)
     print(f"\nContinued after step {resumed['step']}; the last step before the kill was {before}.")
+
+
+def newest_owner(run: Path) -> dict[str, Any]:
+    """The process that owns the run, by its lease."""
+    owner: dict[str, Any] = json.loads(max((run / "lease").glob("0*.json")).read_text())
+    return owner
 
 
 def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:

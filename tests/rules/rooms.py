@@ -45,7 +45,15 @@ STOREYS = (
     ("launch.status", "launch.logs"),
     ("launch.__main__",),
     # train
-    ("train", "train.megatron", "train.native", "train.resilience", "train.hf.mapping", "train.hf.files"),
+    (
+        "train",
+        "train.megatron",
+        "train.native",
+        "train.resilience",
+        "train.hf.mapping",
+        "train.hf.files",
+        "train.command_list",
+    ),
     ("train.record", "train.parallel", "train.hf.config"),
     ("train.precision", "train.optim", "train.quantize"),
     ("train.model",),
@@ -66,7 +74,7 @@ STOREYS = (
     ("train.evaluate",),
     ("train.align", "train.merge"),
     ("train.run",),
-    ("train.hf", "train.serve", "train.__main__"),
+    ("train.hf", "train.serve", "train.__main__", "train.completion"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""

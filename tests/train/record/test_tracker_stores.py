@@ -182,5 +182,6 @@ def test_weights_and_biases_synchronised_later_has_each_point_once(tmp_path: Pat
         command = [sys.executable, "-m", "wandb", "sync", *offline]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert len(server.runs) == 1, done.stdout + done.stderr
         (points,) = served(server).values()
     assert [(step, value) for _, step, value in points] == [(step, loss_of(step, 0.1)) for step in range(1, 25)]
