@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from object_server import object_server
+from object_server import SECRET, object_server
 from processes import finish, losses, start, wait_for_step
 
 from data.bucket.bucket import Bucket
@@ -53,8 +53,8 @@ def test_a_run_whose_disk_is_lost_continues_from_storage(
         assert server.objects["bucket/runs/stored/metrics.jsonl"] == (run / METRICS).read_bytes()
         assert server.names(f"step_{STEPS:08d}-0002/manifest.json")
         text = b"".join([*server.objects.values(), (run / "recipe.yaml").read_bytes()])
-        assert b"secret" not in text, "credentials are nowhere"
-    assert len(list((run / "checkpoints").glob("step_*"))) == 1
+        assert SECRET.encode() not in text, "credentials are nowhere"
+    assert len(list((run / "checkpoints").glob("step_*"))) <= 2, "the newest, and one whose copy had begun"
     assert status([str(run)]) == 0
     assert f"storage s3://bucket/runs: step {STEPS} is copied" in capsys.readouterr().out
     assert RunFolder(run).storage_line()
