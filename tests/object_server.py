@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
+SECRET = "0secret0key0of0a0test0"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -62,7 +64,7 @@ class ObjectServer:
         }
         return {
             "AWS_ENDPOINT_URL": address, "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET,
             "STORAGE_EMULATOR_HOST": address, "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(google),
         }  # fmt: skip
 

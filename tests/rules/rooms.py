@@ -74,7 +74,7 @@ STOREYS = (
     ("train.evaluate",),
     ("train.align", "train.merge"),
     ("train.run",),
-    ("train.hf", "train.serve", "train.__main__", "train.completion"),
+    ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from object_server import ObjectServer, Request, object_server
+from object_server import SECRET, ObjectServer, Request, object_server
 from stored_runs import FAST, copying_to, step_of_run, steps_there
 from tiny import RECIPE
 
@@ -363,7 +363,7 @@ def test_what_cannot_work_is_said_with_the_address(server: ObjectServer) -> None
     server.fault = lambda request: "403"
     with pytest.raises(StorageError, match="refuses the credentials") as caught:
         Bucket(RUN, retries=FAST).create("x", b"")
-    assert caught.value.status == 2 and "secret" not in str(caught.value)
+    assert caught.value.status == 2 and SECRET not in str(caught.value)
     server.fault = lambda request: "500"
     with pytest.raises(UnreachableError) as unreachable:
         Bucket(RUN, retries=FAST).create("x", b"")
