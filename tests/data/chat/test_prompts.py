@@ -89,7 +89,10 @@ def test_ids_are_those_of_the_chat_template(tmp_path: Path) -> None:
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "p.jsonl", [{"prompt": "word " * 90, "verifier": VERIFIER}])
-    with opened(path) as prompts, pytest.raises(DataError, match=r"line 1: the prompt has \d+ tokens.* with --tokens 8 only 64 fit"):
+    with (
+        opened(path) as prompts,
+        pytest.raises(DataError, match=r"the prompt has \d+ tokens, and with --tokens 8 only 64 fit"),
+    ):
         prompts.ids(0)
 
 
