@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recipes.schema.fields import Count, PositiveInt, Seed
+from recipes.schema.integrity import IntegrityConfig
 from recipes.schema.spikes import SpikesConfig
 
 
@@ -49,3 +50,5 @@ class RunConfig:
     all others. 0: leave it to Python."""
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     """What happens when a loss or gradient is not finite, or an outlier."""
+    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
+    """Detection of silent data corruption."""

@@ -51,6 +51,7 @@ STOREYS = (
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint", "train.report"),
+    ("train.integrity",),
     (
         "train.distill",
         "train.align.dpo",
