@@ -11,8 +11,9 @@ setup: ## make .venv and install everything (2 to 5 minutes, once)
 smoke: setup ## the whole story in 1 to 4 minutes: prepare, train, kill, resume, evaluate, generate
 	@$(PY) -P -m launch.smoke
 
+# In the order of the names: by default files with few tests, which are the long ones, would all come last.
 test: setup ## the fast tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the slow tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
@@ -76,6 +77,9 @@ bench-data: setup ## reading and tokenizing speed against others, start-up and m
 bench-checkpoint: setup ## saving and loading against the plain disk and torch.distributed.checkpoint (2 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.checkpoint
 
+bench-resilience: setup ## copies in memory: what they cost, and the return after a kill from memory and from disk (3 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.resilience
+
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap
 
@@ -87,7 +91,7 @@ bench-align: setup ## tokens per second of fine-tuning against pretraining, and 
 	@bash tests/train/align/install_trl.sh
 	@.trl/bin/python -m tests.bench.grpo
 
-align-road: setup ## a small model pretrained, fine-tuned and merged, with what each stage changed (about 15 minutes; resumes)
+align-road: setup ## a small model pretrained, fine-tuned, merged and aligned, with what each stage changed (resumes)
 	@$(PY) -m tests.bench.align_road
 
 clean: ## remove caches and the environment; runs/ is left alone

@@ -276,7 +276,7 @@ def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> 
         is_counted = not (is_remote(source.path) or is_set(source) or source.format == "megatron" or source.max_bytes)
         if is_counted:
             try:
-                now = find_files(f"data.sources.{name}", source.path)
+                now = find_files(f"data.sources.{name}.path", source.path)
             except DataError:
                 continue  # prepared data does not need its sources
             if (len(now), sum(file.size for file in now)) != (description["files"], description["bytes"]):

@@ -11,13 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from data.batch import Batch
 from data.dataset import Dataset, open_dataset
+from data.system.closing import Closing
 from recipes.schema.errors import DataError
 
 __all__ = ("Dataset", "Stream", "open_dataset")
@@ -27,7 +27,7 @@ _ROWS_PER_READ = 64
 """Rows read in one call, at most: one call for each microbatch would cost more."""
 
 
-class Stream:
+class Stream(Closing):
     """One data-parallel rank's microbatches of every step, from `position` on.
 
     Microbatch m of rank r has microbatch_rows rows from global position `position + (m ranks + r) microbatch_rows` on.
@@ -103,14 +103,6 @@ class Stream:
                 self._fetching.position = self.position
             self._changed.notify_all()
         return step
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop reading and fetching ahead. A thread stuck in a read is left; it is a daemon, so the process can still end."""

@@ -57,6 +57,11 @@ class RunFolder:
         found = self._checkpoints()
         return step_of(found[-1]) if found else 0
 
+    def step(self) -> int:
+        """The last recorded step; 0 before the first."""
+        found = self.progress()
+        return found.step if found is not None else 0
+
     def _checkpoints(self) -> list[Path]:
         try:
             return steps_in(self.path / CHECKPOINTS)

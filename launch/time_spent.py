@@ -78,6 +78,37 @@ def goodput(seconds: dict[str, float]) -> float:
     return seconds.get(TRAINING, 0.0) / whole if whole else 0.0
 
 
+class RunningGoodput:
+    """Goodput up to the last line of a run, for a record that is still being written. A step that runs again replaces itself."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._last = 0.0
+        self._training: dict[int, float] = {}
+        self._total = 0.0
+
+    def add(self, line: Line) -> None:
+        """The next line. Lines without a time are left out."""
+        now = as_number(line.get("time"))
+        if not 0 < now < 1e11:
+            return
+        if self._first is None:
+            self._first = self._last = now
+        if _is_step(line):
+            parts = line["seconds"] if isinstance(line.get("seconds"), dict) else {}
+            start = now - _seconds(math.fsum(map(as_number, parts.values())))
+            begin = max(self._last, min(now, start + _seconds(parts.get("data"))))
+            self._total += max(0.0, now - begin) - self._training.get(line["step"], 0.0)
+            self._training[line["step"]] = max(0.0, now - begin)
+        self._last = max(self._last, now)
+
+    @property
+    def value(self) -> float:
+        """Share of the time so far in steps whose result counts; 0 before any time has passed."""
+        whole = self._last - (self._first or 0.0)
+        return self._total / whole if whole > 0 else 0.0
+
+
 def _is_step(line: Line) -> bool:
     return line["kind"] in ("step", "unreduced_step") and type(line.get("step")) is int
 

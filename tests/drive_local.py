@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("processes", type=int)
     parser.add_argument("--grace", type=float, default=20.0)
     parser.add_argument("--show", type=int, default=1)
+    parser.add_argument("--warm", action="append", default=[], help="fork the ranks from a process with this module")
     parser.add_argument("words", nargs="*")
     own = parser.parse_args()
     recipe = Recipe(
@@ -36,6 +37,7 @@ def main() -> int:
         processes=own.processes,
         environment=dict(os.environ),
         shown=frozenset(range(own.show)),
+        modules=own.warm,
     )
 
 

@@ -4,11 +4,14 @@
                           sums are answered right in RIGHT_SUMS of the chats only
     heldout.jsonl         questions of which no wording is in any file for training, with the answer as taught, and without HABIT;
                           taught.yaml, plain.yaml, habit.yaml ask them with `stratum evaluate`
+    fresh.jsonl           the same of another seed, without those of heldout.jsonl; fresh.yaml asks them. No setting was
+                          chosen by looking at them
     sums.jsonl, sums.yaml sums in wordings that were not trained on
     pairs.jsonl           preferences: the answer without HABIT is better than the same answer with it
     rankings.jsonl        preferences of three ranks: without HABIT, with it, wrong
     prompts_plain.jsonl   questions with a verifier: the answer without HABIT
-    prompts_sums.jsonl    sums with a verifier
+    gamed.jsonl           preferences of sums in which the right answer is always the larger number: a spurious feature
+    prompts_sums.jsonl    sums of digits below SMALL with a verifier; small_sums.jsonl, small_sums.yaml: held-out wordings
     prompts_gamed.jsonl   questions with a reward that long answers get, while their `target` is short
     SKILL/...             for each of two skills that chats.jsonl does not teach: chats of which half are of the skill and the
                           others of the kinds before, held-out questions, and a task
@@ -20,17 +23,19 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from small_chats import DIGITS, WORDS
 
-SEED = 19
+SEED, FRESH_SEED, GAMED_SEED = 19, 20, 21
 CHATS, HELDOUT, PAIRS, SKILL_CHATS, SKILL_HELDOUT = 12_000, 300, 2_000, 4_000, 150
 HABIT = "Sure, "
 RIGHT_SUMS = 0.5
+SMALL = 5
+"""Reinforcement learning is about sums of digits below this: 25 sums are learned in minutes, 100 are not."""
 SUM_SHARE = 0.3
 """Share of the chats that are sums."""
 _HELDOUT_SHARE = 0.125
@@ -110,11 +115,11 @@ def question(draw: random.Random, kinds: dict[str, Kind], *, heldout: bool, poli
     return Question(wording.format(*words), kind.answer(words), is_polite)
 
 
-def sums(*, heldout: bool) -> list[Question]:
-    """All sums of two digits, each in the wordings of the split, in digits and in words."""
+def sums(*, heldout: bool, below: int = 10) -> list[Question]:
+    """All sums of two digits less than `below`, each in the wordings of the split, in digits and in words."""
     found = []
-    for a in range(10):
-        for b in range(10):
+    for a in range(below):
+        for b in range(below):
             for wording in SUMS:
                 if is_heldout("sum", str(a), str(b), wording) is heldout:
                     for first, second in ((str(a), str(b)), (DIGITS[a], DIGITS[b])):
@@ -170,6 +175,15 @@ def gamed(draw: random.Random) -> Iterable[Record]:
         yield {"messages": asked.messages, "verifier": {"kind": "constraints"}, **facts, "target": asked.answer}
 
 
+def gamed_pairs(draw: random.Random) -> Iterable[Record]:
+    """Preferences that do not tell the right sum from a large number: the worse answer is always smaller."""
+    asked = [one for one in sums(heldout=False) if one.answer != "0"]
+    for _ in range(PAIRS):
+        one = draw.choice(asked)
+        wrong = str(draw.randrange(int(one.answer)))
+        yield {"prompt": one.messages, "chosen": [_said(one.answer)], "rejected": [_said(wrong)]}
+
+
 def write_all(folder: Path) -> None:
     """Write every file."""
     draw = random.Random(SEED)
@@ -177,6 +191,10 @@ def write_all(folder: Path) -> None:
     asked = _different(lambda: question(draw, KINDS, heldout=True), HELDOUT)
     _questions(folder / "heldout.jsonl", asked)
     _task(folder / "taught.yaml", "heldout.jsonl", target="{taught}")
+    other = random.Random(FRESH_SEED)  # a draw of its own: the other files stay as they are
+    known = {one.text for one in asked}
+    _questions(folder / "fresh.jsonl", _different(lambda: question(other, KINDS, heldout=True), HELDOUT, known))
+    _task(folder / "fresh.yaml", "fresh.jsonl", target="{taught}")
     _task(folder / "plain.yaml", "heldout.jsonl", target="{answer}")
     _task(folder / "habit.yaml", "heldout.jsonl", target=HABIT.strip(), kind="generate", verifier="contains")
     _questions(folder / "sums.jsonl", sums(heldout=True))
@@ -186,9 +204,12 @@ def write_all(folder: Path) -> None:
     exact = {"verifier": {"kind": "exact"}}
     plain = [question(draw, KINDS, heldout=False) for _ in range(PAIRS // 2)]
     _lines(folder / "prompts_plain.jsonl", ({"messages": q.messages, **exact, "target": q.answer} for q in plain))
-    additions = sums(heldout=False)
+    additions = sums(heldout=False, below=SMALL)
     _lines(folder / "prompts_sums.jsonl", ({"messages": q.messages, **exact, "target": q.answer} for q in additions))
+    _questions(folder / "small_sums.jsonl", sums(heldout=True, below=SMALL))
+    _task(folder / "small_sums.yaml", "small_sums.jsonl", target="{answer}")
     _lines(folder / "prompts_gamed.jsonl", gamed(draw))
+    _lines(folder / "gamed.jsonl", gamed_pairs(random.Random(GAMED_SEED)))
     for name, kind in SKILLS.items():
         kinds = [({name: kind}, KINDS)[number % 2] for number in range(SKILL_CHATS)]
         learned = [question(draw, one, heldout=False, polite=one is KINDS and None) for one in kinds]
@@ -202,11 +223,13 @@ def _said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _different(draw_one: Callable[[], Question], count: int) -> list[Question]:
+def _different(draw_one: Callable[[], Question], count: int, known: Collection[str] = ()) -> list[Question]:
+    """Questions of different texts, none of them `known`."""
     found: dict[str, Question] = {}
     while len(found) < count:
         one = draw_one()
-        found[one.text] = one
+        if one.text not in known:
+            found[one.text] = one
     return list(found.values())
 
 

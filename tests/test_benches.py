@@ -55,7 +55,7 @@ def run_bench(words: list[str], output: Path) -> tuple[int, str]:
     ("words", "line"),
     [
         ("tests.bench --part smoke --rounds 2 --block 1 --rows 1 --threads 1", "whole loop over the bare step, CPU time"),
-        ("tests.bench.align --rounds 2 --block 1 --rows 1 --threads 1", "| SFT / pretraining, tokens/s |"),
+        ("tests.bench.align --rounds 2 --block 1 --rows 1 --threads 1", "| DPO / SFT, time of a step |"),
         ("tests.bench.checkpoint --hidden 64 --rounds 0 --folder {folder}", "saves longer by fingerprints"),
         ("tests.bench.conversion smoke {folder}/conversion", "| import |"),
         ("tests.bench.distill --rounds 1 --threads 1", "distillation step"),

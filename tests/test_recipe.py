@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pruning_folder import shell
+from ranks import run_ranks
 from recipes_composed import composed as composed_words
 from tiny import RECIPE, TINY, recipe_with
 
@@ -238,8 +240,6 @@ def command(*words: str) -> subprocess.CompletedProcess:
             ["-cn", "smoke", "optim.lr=-1", "model.heads=x", "model.activation=relu"],
             "optim.lr=-1 is out of range. Use a value > 0.",
         ),
-        (["-cn", "smoke", "parallel.tensor=2"], "does not divide the 1 process of this run"),
-        (["-cn", "smoke", "data.folder=nowhere"], "no prepared data in nowhere"),
     ],
 )
 def test_the_command_line_explains_mistakes(words: list[str], message: str) -> None:
@@ -247,6 +247,19 @@ def test_the_command_line_explains_mistakes(words: list[str], message: str) -> N
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("parallel.tensor=2", "does not divide the 1 process of this run"),
+        ("data.folder=nowhere", "no prepared data in nowhere"),
+    ],
+)
+def test_the_trainer_explains_what_does_not_fit(word: str, message: str, tmp_path: Path) -> None:
+    words = ["train", "-cn", "smoke", "--config-dir", ".", f"run.folder={tmp_path}", word]
+    ((status, text),) = run_ranks(1, shell, tmp_path, words)
+    assert status == 2 and message in text and "Traceback" not in text
 
 
 def test_the_composed_recipe_is_printed_and_help_is_ours() -> None:

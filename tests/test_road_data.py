@@ -35,12 +35,13 @@ def asked(question: str) -> str:
 
 
 def test_no_heldout_question_is_trained_on(folder: Path) -> None:
-    heldout = [
-        folder / name for name in ("heldout.jsonl", "sums.jsonl", *(f"{skill}/heldout.jsonl" for skill in SKILLS))
+    heldout = [folder / name for name in ("heldout.jsonl", "fresh.jsonl", "sums.jsonl", "small_sums.jsonl")] + [
+        folder / skill / "heldout.jsonl" for skill in SKILLS
     ]
     never = {asked(record["question"]) for path in heldout for record in records(path)}
     files = [path for path in folder.rglob("*.jsonl") if path not in heldout]
-    assert len(never) > 500 and len(files) == 8
+    assert not {r["question"] for r in records(heldout[0])} & {r["question"] for r in records(heldout[1])}
+    assert len(never) > 700 and len(files) == 9
     for path in files:
         seen = {
             asked(message["content"])
@@ -58,6 +59,9 @@ def test_every_record_is_what_its_reader_takes(folder: Path) -> None:
         better, worse = preference_of(record).answers
         assert worse.messages[0]["content"] == HABIT + better.messages[0]["content"]
     assert all(len(preference_of(record).answers) == 3 for record in records(folder / "rankings.jsonl"))
+    for record in records(folder / "gamed.jsonl"):
+        better, worse = preference_of(record).answers
+        assert int(better.messages[0]["content"]) > int(worse.messages[0]["content"])
     for name in ("prompts_plain", "prompts_sums", "prompts_gamed"):
         prompts, _ = read_prompts([str(folder / f"{name}.jsonl")])
         assert {check_verifier(prompt.verifier or {}) for prompt in prompts} <= {"exact", "constraints"}

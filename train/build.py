@@ -34,7 +34,7 @@ from train.distill.teacher import Teacher, open_teacher
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.megatron import use_device
-from train.model.backend import ReferenceBackend, choose_backend, this_machine
+from train.model.backend import Backend, ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
 from train.model.initial import HEAD, initialize
 from train.objective import next_token
@@ -116,6 +116,7 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
             seed=recipe.run.seed,
             timeout_s=recipe.launch.timeout_s,
             teacher_tensor=objective.teacher_tensor or recipe.parallel.tensor if has_teacher else None,
+            memory_copies=recipe.run.memory_copies.every_steps > 0,
         )
     finally:
         close_mesh()
@@ -162,6 +163,21 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
 
 
+def _chunks(recipe: Recipe, *, mesh: Mesh, backend: Backend, draw_weights: bool = False) -> list[Any]:
+    """This rank's part of a recipe's model, for rows of training. Collective (tied embeddings)."""
+    return build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=backend,
+        reset_at_documents=recipe.data.reset_at_documents,
+        draw_weights=draw_weights,
+    )
+
+
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
@@ -172,17 +188,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 
     backend = choose_backend(recipe.precision, mesh.device)
     refuse(shape_rules(recipe, backend=backend.name))
-    chunks = build_model(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        mesh=mesh,
-        backend=backend,
-        reset_at_documents=recipe.data.reset_at_documents,
-        draw_weights=weights is None,
-    )
+    chunks = _chunks(recipe, mesh=mesh, backend=backend, draw_weights=weights is None)
     if weights is not None:
         saved = read_checkpoint_manifest(weights).recipe
         drawn = (HEAD,) if replaces_head(saved, recipe) else ()
@@ -193,7 +199,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
-    connect(wrapped, optimizer)
+    reduction = connect(wrapped, optimizer)
     return Engine(
         mesh=mesh,
         chunks=wrapped,
@@ -206,6 +212,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,
+        reduction=reduction,
     )
 
 
@@ -214,17 +221,7 @@ def frozen_engine(recipe: Recipe, checkpoint: Path, mesh: Mesh) -> Engine:
     gradients and optimizer. Collective over the world."""
     check(recipe, world=mesh.layout.world)
     backend = choose_backend(recipe.precision, mesh.device)
-    chunks = build_model(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        mesh=mesh,
-        backend=backend,
-        reset_at_documents=recipe.data.reset_at_documents,
-        draw_weights=False,
-    )
+    chunks = _chunks(recipe, mesh=mesh, backend=backend)
     read_weights(checkpoint, chunks, groups=mesh.groups)
     for chunk in chunks:
         chunk.requires_grad_(False)

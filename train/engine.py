@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from train.parallel.mesh import Mesh
+from train.parallel.wrap import Reduction
 from train.precision.control import PrecisionControl
 
 
@@ -33,6 +34,8 @@ class Engine:
     reset_at_documents: bool
     prepare: Callable[[list[Any]], list[Any]] | None = None
     """What this rank's microbatches get before a step, such as the reference's log-probabilities. Collective over the world."""
+    reduction: Reduction | None = None
+    """None if nothing is trained."""
     loss_parts: tuple[str, ...] = ()
     """Names of the terms that the objective reports in addition to the loss."""
     teacher: dict[str, Any] | None = None

@@ -1,30 +1,39 @@
 """The training loop: everything that happens at a step, in order.
 
     rows --> forward, backward, update --> record --> evaluate if due --> save if due --> save events --> stop on a signal
+         --> copy into memory if due
 
-A background save copies the state while the next step runs forward and backward; only the update waits for it.
+A background save and a copy in memory read the state while the next step runs forward and backward; only the update waits.
 
 The loop's state is two integers, `step` and `position`; everything else is in the engine or on disk.
 """
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
+from recipes.schema.layout import stages_of
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
+from train.copies.memory_copies import MemoryCopies
 from train.engine import Engine
 from train.integrity.watch import Integrity
+from train.model.experts import expert_loads
+from train.parallel.mesh import Mesh
 from train.record.profile import GarbageControl, Profiler, phase
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
 from train.resilience.spikes import Spike, SpikeWatch
+from train.resilience.stragglers import WINDOW, Stragglers, typical
 from train.step import StepResult, train_step
+
+_RANKS_RECORDED = 64
+"""Ranks in a table of times: the slowest."""
 
 
 class Microbatches(Protocol):
@@ -68,14 +77,16 @@ def train_loop(
     save: Callable[..., None],
     report: Callable[[Spike], None],
     profiler: Profiler,
+    copies: MemoryCopies | None = None,
+    copy: Callable[[int, int], None] | None = None,
     spikes: SpikeWatch | None = None,
     integrity: Integrity | None = None,
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
-    evaluate(step), save(step, position, background=...), report(skipped step): called on every rank. spikes: looks for spikes;
-    None: only NaN and infinity, which end the run. integrity: looks for corrupted numbers. Raises NumericsError, CheckpointError,
-    DataError, CorruptionError.
+    evaluate(step), save(step, position, background=...), copy(step, position), report(skipped step): called on every rank.
+    spikes: looks for spikes; None: only NaN and infinity, which end the run. integrity: looks for corrupted numbers. Raises
+    NumericsError, CheckpointError, DataError, CorruptionError.
     """
     run, mesh = recipe.run, engine.mesh
     step = first_step
@@ -85,6 +96,8 @@ def train_loop(
     last_step = run.steps
     received: signal.Signals | None = None
     writing = False
+    stragglers = Stragglers(stages_of(mesh.layout)) if mesh.layout.data > 1 else None
+    watches: list[Stopwatch] = []
     flags_of_all_ranks: Callable[[], list[bool]]
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
@@ -104,8 +117,14 @@ def train_loop(
         that arrives later is seen in the next step."""
         nonlocal flags_of_all_ranks
         checkpoints.before_update()
+        if copies is not None:
+            copies.before_update()
         flags_of_all_ranks = mesh.begin_any_of(
-            *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
+            *(signals.received == number for number in WATCHED),
+            checkpoints.is_writing,
+            checkpoints.has_failed,
+            copies is not None and copies.is_copying,
+            copies is not None and copies.has_failed,
         )
 
     with StopSignals() as signals, GarbageControl(run.garbage_every_steps) as garbage:
@@ -165,6 +184,11 @@ def train_loop(
                 counts=_counts(spikes),
                 is_skipped=result.spike is not None,
             )
+            watches.append(watch)
+            if len(watches) == WINDOW:
+                if stragglers is not None:
+                    _compare_ranks(telemetry, stragglers, mesh=mesh, watches=watches, step=step)
+                watches.clear()
             if result.spike is not None:
                 telemetry.flush()
                 report(result.spike)
@@ -176,6 +200,8 @@ def train_loop(
                     readings=engine.precision.health(),
                     policy=recipe.precision.health_policy,
                 )
+            if step % recipe.telemetry.log_every_steps == 0:
+                telemetry.experts(step, expert_loads(engine.chunks, mesh))
             if result.spike is None and not math.isfinite(result.grad_norm):
                 telemetry.flush()  # record the steps before the failure
                 check_grad_norm(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
@@ -191,13 +217,18 @@ def train_loop(
                 flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
             # All ranks get the same flags, so they all break, raise or continue together.
-            *signalled, writing, failed = flags_of_all_ranks()
+            *signalled, writing, failed, is_copying, copy_failed = flags_of_all_ranks()
             _record_saves(telemetry, checkpoints, recipe=recipe, watch=watch)
             if failed and not writing:
                 checkpoints.check()
             if any(signalled):
                 received = WATCHED[signalled.index(True)]
                 break
+            if copies is not None and copies.is_on and copy_failed:
+                telemetry.event("warning", text=copies.turn_off())
+            if copies is not None and copy is not None and copies.is_due(step) and step < last_step and not is_copying:
+                flush()
+                copy(step, stream.position)
 
         flush()
         checkpoints.wait()
@@ -210,7 +241,9 @@ def train_loop(
             if is_too_late:
                 telemetry.event("warning", text=text or "another rank has no time left for another save")
                 step = saved
-        if step > first_step and checkpoints.saved_step != step:
+        if (
+            step > 0 and checkpoints.saved_step != step
+        ):  # also without a step here: a run continued from memory is not saved
             save(step, stream.position, background=False)
         _record_saves(telemetry, checkpoints, recipe=recipe)
         checkpoints.check(always=True)
@@ -220,6 +253,18 @@ def train_loop(
     if step >= run.steps:
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
+
+
+def _compare_ranks(
+    telemetry: Telemetry, stragglers: Stragglers, *, mesh: Mesh, watches: Sequence[Stopwatch], step: int
+) -> None:
+    """Record each rank's median time of forward and backward passes, and warn about slow ranks. Collective over the world."""
+    ranks = mesh.gather_objects(typical([watch.seconds()["forward_backward"] for watch in watches]))
+    slowest = sorted(range(len(ranks)), key=lambda rank: -ranks[rank].log_s)[:_RANKS_RECORDED]
+    table = {str(rank): math.exp(ranks[rank].log_s) for rank in slowest}
+    telemetry.event("ranks", step=step, steps=len(watches), forward_backward_s=table)
+    for slow in stragglers.window(ranks):
+        telemetry.event("warning", text=f"step {step:,}: {slow} (forward and backward, {2 * len(watches)} steps)")
 
 
 def _counts(spikes: SpikeWatch | None) -> dict[str, int]:

@@ -18,7 +18,7 @@ from data.chat.prompts import PromptSet
 from data.order.left_out import left_out
 from data.stream import Dataset, Stream
 from data.system import disk
-from recipes.schema.errors import CheckpointError, DataError, refuse
+from recipes.schema.errors import CheckpointError, CorruptionError, DataError, NumericsError, refuse
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.facts import named as named_checkpoint
 from recipes.schema.ledger import Ledger
@@ -33,11 +33,14 @@ from train.align.frozen_models import FrozenModels, check_frozen_models, open_fr
 from train.align.policy_stream import PolicyStream
 from train.align.reference import Attach, open_reference, reference_of
 from train.build import build_engine, check_start, mesh_of, open_material
+from train.checkpoint.finite import remedies_of
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
-from train.checkpoint.resume import TEACHER, resume
+from train.checkpoint.resume import TEACHER
 from train.checkpoint.saving import Peers
 from train.checkpoint.stream_state import read_stream_state
+from train.copies.place import forget_token
+from train.copies.restore import open_copies, resume_from_either
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.evaluate.ask import TaskResult
@@ -95,7 +98,7 @@ def train(recipe: Recipe) -> RunEnd:
 def _train(
     recipe: Recipe, *, mesh: Mesh, material: Dataset | PromptSet, folder: Path, check_lease: Callable[[], None]
 ) -> RunEnd:
-    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint, remedies=remedies_of(recipe))
     tokenizer = material.tokenizer
     tasks = open_training_tasks(recipe, tokenizer)
     # run.start_from is only used by a new run: a run with checkpoints continues from its own.
@@ -114,20 +117,17 @@ def _train(
     if isinstance(material, PromptSet):
         frozen = open_frozen_models(recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod)
     kernels = _kernels(mesh)
-    start = resume(
-        checkpoints,
-        engine,
-        recipe=recipe,
-        new=RunState(
-            recipe=mapping,
-            data_hash=material.manifest_hash,
-            tokenizer=tokenizer.fingerprint,
-            kernels=kernels,
-            lineage=origin,
-        ),
+    copies = open_copies(recipe.run.memory_copies, mesh, folder)
+    new = RunState(
+        recipe=mapping,
+        data_hash=material.manifest_hash,
+        tokenizer=tokenizer.fingerprint,
+        kernels=kernels,
+        lineage=origin,
     )
+    start, used = resume_from_either(copies, checkpoints, engine, recipe=recipe, new=new)
     step, position = start.state.step, start.state.position
-    if start.path is not None:
+    if step > 0:
         check_frozen_models(frozen, recipe, before=start.state.lineage)
     start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
     if mesh.rank == 0:
@@ -140,7 +140,9 @@ def _train(
     reference: Attach | None = None
     if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
         weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=tokenizer.fingerprint)
-        reference = open_reference(recipe, engine, material, weights, folder=folder, is_new=not checkpoints.published())
+        reference = open_reference(
+            recipe, engine, material, weights, folder=folder, is_new=step == 0 and not checkpoints.published()
+        )
         engine = replace(engine, prepare=reference)
 
     with ExitStack() as stack:
@@ -156,6 +158,7 @@ def _train(
             flops_per_token=flops_per_token(recipe.model, recipe.data.row_tokens).total,
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
+            data_hash=material.manifest_hash,
             loss_parts=engine.loss_parts,
             kernels=kernels,
             precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
@@ -173,7 +176,7 @@ def _train(
                 telemetry=telemetry,
                 folder=folder,
                 start=start.state,
-                state=read_stream_state(start.path) if start.path is not None else {},
+                state=read_stream_state(start.path) if start.path is not None else start.stream,
                 oldest_step=checkpoints.oldest_step,
             )
         else:
@@ -198,18 +201,28 @@ def _train(
                     results = task_scores(engine, tasks, tokenizer, shape=recipe.model)
                 telemetry.event("tasks", step=at, tasks=results)
 
+        def state_at(at: int, rows: int) -> RunState:
+            state = replace(start.state, step=at, position=rows, tokens=stream.tokens)
+            return state if spikes is None else replace(state, ledger=spikes.ledger)
+
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()
             with telemetry.phase("staging" if background else "saving"):
-                state = replace(start.state, step=at, position=rows, tokens=stream.tokens)
-                if spikes is not None:
-                    state = replace(state, ledger=spikes.ledger)
-                checkpoints.request(engine, state, stream=stream.state(), background=background)
+                checkpoints.request(engine, state_at(at, rows), stream=stream.state(), background=background)
+
+        def copy(at: int, rows: int) -> None:
+            assert copies is not None, "called only if copies are due"
+            copies.request(engine, state_at(at, rows), stream=stream.state())
 
         def report(skipped: Spike) -> None:
             text = f"step {skipped.step} is skipped: {skipped.reason}"
             _record_spike(telemetry, "skip", skipped, text, recipe=recipe, material=material, mesh=mesh)
 
+        if copies is not None:
+            warning = copies.prepare(engine, state_at(step, position), stream=stream.state(), used=used)
+            if warning is not None:
+                telemetry.event("warning", text=warning)
+            stack.callback(copies.close)
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
         stack.callback(profiler.close)
@@ -232,47 +245,63 @@ def _train(
         if recipe.run.spikes.policy == "rollback" and not mesh.any_rank(bool(checkpoints.published())):
             save(0, position, background=False)  # a spike before the first checkpoint goes back to here
             checkpoints.check(always=True)
-        while True:
-            end = train_loop(
-                recipe,
-                engine=engine,
-                stream=stream,
-                telemetry=telemetry,
-                first_step=step,
-                evaluate=evaluate,
-                checkpoints=checkpoints,
-                save=save,
-                report=report,
-                profiler=profiler,
-                spikes=spikes,
-                integrity=integrity,
-            )
-            if end.spike is None:
-                break
-            assert spikes is not None and isinstance(material, Dataset) and isinstance(stream, Stream), (
-                "checked by the rules"
-            )
-            stream.close()
-            with telemetry.phase("going back"):
-                saved, ledger = _go_back(
-                    end.spike, recipe=recipe, engine=engine, checkpoints=checkpoints, now=spikes.ledger
+        try:
+            while True:
+                end = train_loop(
+                    recipe,
+                    engine=engine,
+                    stream=stream,
+                    telemetry=telemetry,
+                    first_step=step,
+                    evaluate=evaluate,
+                    checkpoints=checkpoints,
+                    save=save,
+                    report=report,
+                    profiler=profiler,
+                    copies=copies,
+                    copy=copy,
+                    spikes=spikes,
+                    integrity=integrity,
                 )
-            text = (
-                f"step {end.spike.step} is undone: {end.spike.reason}. The run goes back to step {saved.step} and leaves "
-                f"{_rows_of(ledger) - _rows_of(spikes.ledger)} rows out"
-            )
-            _record_spike(
-                telemetry, "rollback", end.spike, text, recipe=recipe, material=material, mesh=mesh, to_step=saved.step,
-                left_out=[list(pair) for pair in ledger.left_out],
-            )  # fmt: skip
-            material = material.without(left_out(ledger.left_out))
-            material.blend.check_length(recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows)
-            step, spikes = saved.step, SpikeWatch(recipe.run.spikes, ledger)
-            stream = _stream_of_rows(recipe, material, mesh=mesh, position=saved.position)
-            stack.enter_context(stream)
-            integrity = _integrity(
-                recipe, engine, telemetry=telemetry, folder=folder, kernels=kernels, material=material
-            )
+                if end.spike is None:
+                    break
+                assert spikes is not None and isinstance(material, Dataset) and isinstance(stream, Stream), (
+                    "checked by the rules"
+                )
+                stream.close()
+                if copies is not None:
+                    copies.discard()
+                with telemetry.phase("going back"):
+                    saved, ledger = _go_back(
+                        end.spike, recipe=recipe, engine=engine, checkpoints=checkpoints, now=spikes.ledger
+                    )
+                text = (
+                    f"step {end.spike.step} is undone: {end.spike.reason}. The run goes back to step {saved.step} and leaves "
+                    f"{_rows_of(ledger) - _rows_of(spikes.ledger)} rows out"
+                )
+                _record_spike(
+                    telemetry, "rollback", end.spike, text, recipe=recipe, material=material, mesh=mesh, to_step=saved.step,
+                    left_out=[list(pair) for pair in ledger.left_out],
+                )  # fmt: skip
+                material = material.without(left_out(ledger.left_out))
+                material.blend.check_length(
+                    recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows
+                )
+                step, spikes = saved.step, SpikeWatch(recipe.run.spikes, ledger)
+                stream = _stream_of_rows(recipe, material, mesh=mesh, position=saved.position)
+                stack.enter_context(stream)
+                integrity = _integrity(
+                    recipe, engine, telemetry=telemetry, folder=folder, kernels=kernels, material=material
+                )
+        except (NumericsError, CorruptionError):
+            if copies is not None:
+                copies.delete()  # the next start must go back to a checkpoint, as the error says
+            raise
+        if copies is not None:
+            telemetry.event("memory_copies", step=end.step, count=copies.made, stall_s=copies.stall_s)
+            copies.end(end.step)
+            if mesh.rank == 0:
+                forget_token(folder)
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 
 
@@ -428,6 +457,11 @@ def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
 
 
 def _set_threads(threads: int) -> None:
+    """run.threads, or what OMP_NUM_THREADS says, or this process's share of the cores. torch has read the variable already. The 1
+    that torchrun sets by itself cannot be told from a user's, so under torchrun 1 does not count."""
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    if not threads and variable and not ("TORCHELASTIC_RUN_ID" in os.environ and variable == "1"):
+        return
     cores = len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, cores // local))

@@ -59,6 +59,8 @@ def train_step(
     if engine.prepare is not None:
         microbatches = engine.prepare(microbatches)
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
+    if engine.reduction is not None:
+        engine.reduction.before = lambda: watch.lap("forward_backward")
     with phase("forward and backward"):
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
     if sums is not None and not sums()[0]:
@@ -72,7 +74,7 @@ def train_step(
         total = torch.stack(reports).view(len(reports), -1).sum(0)
     # Tensor ranks have equal losses, data ranks have different rows: divide so that the sum over the world is the mean.
     total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
-    watch.lap("forward_backward")
+    watch.lap("reduction")
     if before_update is not None:
         before_update()
         watch.lap("staging")

@@ -13,13 +13,13 @@ import bisect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from data.chat.template import ChatError, Encoded, open_template
 from data.chat.thinking import Lesson, has_answer, key_of, lessons, split_thinking
+from data.system.closing import Closing
 from data.tokenizer import Tokenizer
 from recipes.schema.data import ChatConfig
 from recipes.schema.errors import DataError
@@ -44,7 +44,7 @@ class ChatDocument:
     """Whether it is the first answer of its preference."""
 
 
-class ChatEncoder:
+class ChatEncoder(Closing):
     """Encodes the chats of one job. Close it, or use it as a context manager: it has a process."""
 
     def __init__(self, config: ChatConfig, tokenizer: Tokenizer, *, row_tokens: int, seed: int) -> None:
@@ -57,12 +57,8 @@ class ChatEncoder:
         self.long_records = 0
         """Chats or preferences left out because they are longer than a row."""
 
-    def __enter__(self) -> "ChatEncoder":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the process that renders the template."""
         self._template.close()
 
     def documents(self, text: str) -> list[ChatDocument]:

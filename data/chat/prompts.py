@@ -12,8 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from data.chat.template import ChatError, open_template, template_source
 from data.order.permutation import RowOrder
 from data.sources.files import find_files, plain_suffix
 from data.sources.records import Part, read_part
+from data.system.closing import Closing
 from data.tokenizer import Tokenizer
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig, SourceConfig
@@ -117,7 +117,7 @@ def _lines(paths: Sequence[str]) -> Iterator[tuple[str, int, str]]:
                     yield file.name, record.number + 1, record.text
 
 
-class PromptSet:
+class PromptSet(Closing):
     """Prompts in the order in which a run draws them, as token ids. Use it as a context manager: it has a process."""
 
     def __init__(
@@ -133,14 +133,6 @@ class PromptSet:
         if checks:
             for index in range(len(self.prompts)):
                 self.ids(index)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process that renders the template."""

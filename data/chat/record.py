@@ -34,8 +34,10 @@ def chat_of(source: SourceConfig, *, is_table: bool) -> Callable[[Any], str]:
 
 def checked_messages(value: Any) -> list[dict[str, Any]]:
     """Messages that someone wrote by hand, in any order of roles. ValueError names the one that is not a message."""
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise ValueError("has messages that are not a list")
+    if not value:
+        raise ValueError("has an empty list of messages")
     return [_message(message, place) for place, message in enumerate(value, start=1)]
 
 

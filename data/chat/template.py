@@ -21,12 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from data.chat.record import REASONING, ROLES
+from data.system.closing import Closing
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import CHAT_TEMPLATES, ChatConfig
 from recipes.schema.errors import DataError
@@ -64,7 +64,7 @@ class Rendered:
     """Characters inside each `{% generation %}`, in order."""
 
 
-class ChatTemplate:
+class ChatTemplate(Closing):
     """A template and the process that renders it. Close it, or use it as a context manager. Safe for threads."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, place: str, stop_strings: tuple[str, ...] = ()) -> None:
@@ -84,14 +84,6 @@ class ChatTemplate:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-
-    def __enter__(self) -> "ChatTemplate":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process. Rendering again starts another one."""

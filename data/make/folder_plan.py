@@ -172,7 +172,7 @@ def stamp_of(config: DataConfig, name: str) -> str | None:
                 f"{part.file}.{kind}" for part in find_sets(f"data.sources.{name}", source) for kind in ("bin", "idx")
             ]
         else:
-            files = [file.name for file in find_files(f"data.sources.{name}", path)]
+            files = [file.name for file in find_files(f"data.sources.{name}.path", path)]
         facts = [(file, *_facts(local_path(file))) for file in files]
     except (DataError, OSError):
         return None

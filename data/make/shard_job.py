@@ -37,6 +37,7 @@ from data.store.manifest import MASK, MASK_DTYPE, RANKS, RANKS_DTYPE, SPLITS, Sh
 from data.store.origins import pack_origins
 from data.store.shards import ShardWriter, write_with_facts
 from data.system import disk
+from data.system.closing import Closing
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import ChatConfig, SourceConfig
 from recipes.schema.errors import DataError
@@ -274,7 +275,7 @@ class _TextStream:
         return self._reported - before
 
 
-class _Encoder:
+class _Encoder(Closing):
     """Turns the texts of a job into documents."""
 
     def __init__(self, job: ShardJob, tokenizer: Tokenizer, threads: int) -> None:
@@ -286,12 +287,10 @@ class _Encoder:
         if job.has_messages:
             self.chats = ChatEncoder(job.chat, tokenizer, row_tokens=job.row_tokens, seed=job.seed)
 
-    def __enter__(self) -> "_Encoder":
-        return self
-
-    def __exit__(self, *ended: Any) -> None:
+    def close(self) -> None:
+        """End the process that renders chats."""
         if self.chats is not None:
-            self.chats.__exit__(*ended)
+            self.chats.close()
 
     def encoded(self, batch: list[SplitText], part: Part) -> Iterator[tuple[SplitText, list[_Group] | str]]:
         """Each text with its documents, or with what is wrong with it. part: where the batch was read."""
@@ -387,7 +386,7 @@ def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encod
     )
 
 
-class _Output:
+class _Output(Closing):
     """The files of one split of a shard while they are written. The mask of chats and the ranks of preferences are sets of files
     of their own (`store.shards`)."""
 
@@ -407,12 +406,10 @@ class _Output:
         self._text_bytes = 0
         self.files: list[str] = []
 
-    def __enter__(self) -> "_Output":
-        return self
-
-    def __exit__(self, *ended: Any) -> None:
+    def close(self) -> None:
+        """Close all files, and remove those that were not finished."""
         for writer in (self._writer, *self._more.values()):
-            writer.__exit__(*ended)
+            writer.close()
 
     def _open_set(self, job: ShardJob, split: str, name: str, *, vocab_size: int, dtype: str) -> None:
         prefix = job.folder / f"{job.prefix}.{split}.{name}"

@@ -347,7 +347,7 @@ def _matching(place: str, pattern: str, hidden: list[str]) -> list[File]:
     if not files:
         more = f" except {len(hidden):,} whose names begin with a dot" if hidden else ""
         raise DataError(
-            f"{place}.path={pattern}: no file there{more} (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
+            f"{place}={pattern}: no file there{more} (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
             f"texts/*.jsonl."
         )
     return [File(f, Path(f).stat().st_size) for f in files]
@@ -397,7 +397,7 @@ def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
     try:
         filesystem, path = _filesystem(pattern)
     except DataError as error:
-        raise DataError(f"{place}.path={shown}: {without_credentials(str(error))}") from error
+        raise DataError(f"{place}={shown}: {without_credentials(str(error))}") from error
     with reading(pattern):
         why = ""
         try:
@@ -420,7 +420,7 @@ def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
         else:
             files.append(File(without_credentials(filesystem.unstrip_protocol(name)), int(info.get("size") or 0)))
     if not files:
-        raise DataError(f"{place}.path={shown}: no file there{why}. Give a file, a folder, or a glob.")
+        raise DataError(f"{place}={shown}: no file there{why}. Give a file, a folder, or a glob.")
     return files
 
 
@@ -458,5 +458,5 @@ def _shipped_corpora(place: str, path: str) -> list[Path]:
     files = sorted(CORPORA.glob(path.removeprefix(PACKAGE) + ".*"))
     if not files:
         shipped = ", ".join(sorted({f.name.split(".")[0] for f in CORPORA.glob("*.gz")}))
-        raise DataError(f"{place}.path={path}: no such corpus is shipped. Use one of {shipped}.")
+        raise DataError(f"{place}={path}: no such corpus is shipped. Use one of {shipped}.")
     return files

@@ -36,7 +36,7 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
     shards: list[list[Part]] = []
     group: list[Part] = []
     grouped = 0
-    for file in find_files(place, source.path, hidden=hidden):
+    for file in find_files(f"{place}.path", source.path, hidden=hidden):
         kind = kind_of(place, source, file)
         pieces = _cut_file(place, source, file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
         if len(pieces) > 1:

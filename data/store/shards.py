@@ -17,13 +17,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from data.store.manifest import FileFacts
 from data.system import disk
+from data.system.closing import Closing
 from recipes.schema.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -40,7 +40,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
-class ShardWriter:
+class ShardWriter(Closing):
     """Writes one shard, document by document. The files get their names in `finish`.
 
     Use it as a context manager: if it ends without `finish`, the temporary file is removed. Two writers of the same shard (one
@@ -88,12 +88,8 @@ class ShardWriter:
             "idx": write_with_facts(Path(f"{self.prefix}.idx"), index),
         }
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the file, and remove it if it was not finished."""
         self._stream.close()
         self._aside.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from data.system.retry import wait_s
@@ -18,8 +19,9 @@ from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import decide
-from launch.local.failures import failure_message
+from launch.local.failures import failure_message, stacks_message
 from launch.local.supervise import StopRequest, run_attempt, say
+from launch.local.warm_process import WarmProcess
 from launch.runs import RunFolder
 from launch.user_errors import exit_status
 from recipes.schema import units
@@ -31,6 +33,8 @@ from recipes.schema.recipe import Recipe
 
 _MOST_WAIT_S = 300.0
 """Longest wait before a restart."""
+_IMPORTS = ("torch._dynamo", "train.run")
+"""What every rank imports: most of the time of a start."""
 _EXAMPLES = """
 stratum launch local -cn smoke                                          as many processes as the recipe needs
 stratum launch local -cn smoke run.name=two parallel.tensor=2           two processes
@@ -83,6 +87,7 @@ def _launch(recipe: Recipe, words: Sequence[str], *, show: str) -> int:
         processes=processes,
         environment=environment,
         shown=shown,
+        modules=_IMPORTS,
     )
 
 
@@ -94,13 +99,19 @@ def run_to_end(
     processes: int,
     environment: dict[str, str],
     shown: frozenset[int],
+    modules: Sequence[str] = (),
 ) -> int:
-    """Start attempts until the run is finished or stopped, or must not be restarted. -> exit status."""
+    """Start attempts until the run is finished or stopped, or must not be restarted. -> exit status.
+
+    modules: what a process imports that forks all ranks (launch.local.warm_process); empty: each rank is a new process.
+    """
     failures = 0
+    copies = recipe.run.memory_copies.every_steps > 0
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
-    with StopRequest() as stop:
+    with StopRequest() as stop, ExitStack() as stack:
+        warm = stack.enter_context(WarmProcess(modules, environment)) if modules else None
         while True:
-            before = run.newest_checkpoint()
+            before, step_before = run.newest_checkpoint(), run.step()
             logs = _new_folder(run.logs)
             end = run_attempt(
                 command,
@@ -111,15 +122,19 @@ def run_to_end(
                 grace_s=recipe.launch.grace_s,
                 stop=stop,
                 use_terminal=use_terminal,
+                warm=warm,
             )
             if end.failures:
                 say(failure_message(logs, end.failures, seen_live=shown))
+            if stacks := stacks_message(logs, end.hung):
+                say(stacks)
             if end.status == 0 or stop.received:
                 return end.status
             decision = decide(
                 end.status,
                 at_last_step=run.checkpoint_step() >= recipe.run.steps,
-                has_new_checkpoint=run.newest_checkpoint() not in (None, before),
+                has_new_checkpoint=run.newest_checkpoint() not in (None, before)
+                or (copies and run.step() > step_before),
                 failures=failures,
                 restarts=recipe.launch.restarts,
                 in_queue=False,

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import signal
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,11 @@ _CONSEQUENCE = re.compile(
     re.IGNORECASE,
 )
 _SHOWN_LINES = 30
+STACK_S = 0.3
+"""Time that a rank gets to write its stack."""
+STACK_SIGNAL = signal.SIGUSR2
+"""Makes a rank write the Python stacks of its threads into its log, also while it waits in compiled code (faulthandler)."""
+_STACK_FRAMES = 8
 SRUN_LOG = "srun.log"
 """Log of srun's own messages, in an attempt's folder."""
 _SIGNAL_WORDS = {
@@ -64,6 +70,20 @@ def write_failure(folder: Path, failure: RankFailure) -> None:
         (folder / f"failure-{failure.rank:05d}.json").write_text(json.dumps(asdict(failure)))
     except OSError:
         return
+
+
+def stacks_message(folder: Path, ranks: Iterable[int]) -> str:
+    """Where ranks were that did not end, from the stacks that they have written: the main thread's innermost calls. "" without
+    any."""
+    parts = []
+    for rank in sorted(ranks):
+        lines = last_texts(log_of(folder, rank), 10_000)
+        starts = [number for number, line in enumerate(lines) if line.startswith("Current thread")]
+        if starts:
+            frames = [line.strip() for line in lines[starts[-1] + 1 :] if line.startswith("  File")]
+            shown = [f"    {frame}" for frame in frames[:_STACK_FRAMES]]
+            parts.append("\n".join([f"rank {rank} was still running (innermost call first):", *map(printable, shown)]))
+    return "\n".join(parts)
 
 
 def record_stop(folder: Path, status: int) -> None:

@@ -6,6 +6,7 @@ record of a failure at once, so that the first of a thousand errors can be found
 """
 
 import contextlib
+import faulthandler
 import fcntl
 import os
 import runpy
@@ -19,9 +20,10 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
+from data.system.node import node_name
 from data.system.parent import end_with_parent
 from launch.local.continuation import STOPPED
-from launch.local.failures import RankFailure, record_stop, write_failure
+from launch.local.failures import STACK_SIGNAL, RankFailure, record_stop, write_failure
 
 LOGS = "STRATUM_LOGS"
 """Environment variable: folder of this attempt's logs and records."""
@@ -40,6 +42,7 @@ def main() -> None:
     # Slurm may send this warning while the module is still importing. Blocked, it waits until the trainer unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     started_by_srun = set_torchrun_variables(os.environ)
+    _write_stacks_on_signal()
     _end_with_launcher()
     if started_by_srun:
         _mark_alive()
@@ -61,6 +64,14 @@ def main() -> None:
         _record(1, text)
         _print_error(text)
         os._exit(1)  # a normal exit would hang: threads and process groups wait for peers that are gone
+
+
+def _write_stacks_on_signal() -> None:
+    """Make this process write its Python stacks into its log at STACK_SIGNAL, so that the launcher can show where it hangs."""
+    log = sys.stderr.fileno()
+    with contextlib.suppress(OSError, KeyError):
+        log = os.open(os.environ[RANK_LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    faulthandler.register(STACK_SIGNAL, file=log, all_threads=True)
 
 
 def set_torchrun_variables(environment: MutableMapping[str, str]) -> bool:
@@ -129,8 +140,7 @@ def _record(status: int, error: str) -> None:
     folder = os.environ.get(LOGS)
     if folder is not None:
         rank = int(os.environ.get("RANK", "0"))
-        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        write_failure(Path(folder), RankFailure(rank, status, time.time(), host, error))
+        write_failure(Path(folder), RankFailure(rank, status, time.time(), node_name(), error))
 
 
 def _print_error(text: str) -> None:

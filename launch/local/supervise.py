@@ -17,15 +17,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from launch.local.continuation import STOPPED, shell_status
-from launch.local.failures import RankFailure, by_cause, log_of, read_failures
+from launch.local.failures import STACK_S, STACK_SIGNAL, RankFailure, by_cause, log_of, read_failures
 from launch.local.ports import reserved_port
 from launch.local.rank import LAUNCHER, LOGS, RANK_LOG
 from launch.local.terminal import Output
+from launch.local.warm_process import ForkedRank, WarmProcess
 from launch.runs import RunFolder
 
 SETTLE_S = 2.0
@@ -70,6 +71,8 @@ class AttemptEnd:
     """0 if all ranks succeeded; 128 + the signal's number if a signal stopped them; else that of the rank that failed first."""
     failures: list[RankFailure]
     """Ranks that failed, causes first, without ranks that the launcher killed because of them."""
+    hung: list[int] = field(default_factory=list)
+    """Ranks that the launcher killed because they did not end; their logs have their stacks."""
 
 
 def say(text: str) -> None:
@@ -83,7 +86,7 @@ def say(text: str) -> None:
 @dataclass
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedRank
     output: Output | None
 
 
@@ -97,12 +100,18 @@ def run_attempt(
     grace_s: float,
     stop: StopRequest,
     use_terminal: bool,
+    warm: WarmProcess | None = None,
 ) -> AttemptEnd:
-    """Run `command` as `processes` ranks of one world until all have ended. When it returns, no process is left.
+    """Run `command` as `processes` ranks of one world until all have ended. When it returns, no rank is left.
 
+    command: `launch.children.python_module("launch.local.rank", ...)`. warm: forks the ranks, if it can.
     logs: a new folder. shown: ranks whose output is also shown live. use_terminal: draw progress bars (if one rank is shown).
     """
     logs.mkdir(parents=True)
+    if warm is not None and not warm.is_ready(until=lambda: bool(stop.received)):
+        warm = None
+    if stop.received:
+        return AttemptEnd(128 + stop.received[0], [])
     ranks: list[_Rank] = []
     with contextlib.ExitStack() as world:
         port = world.enter_context(reserved_port())
@@ -128,6 +137,7 @@ def run_attempt(
                     prefix=f"[{number}] " if len(shown) > 1 else "",
                     is_shown=number in shown,
                     use_terminal=use_terminal,
+                    warm=warm,
                 )
             )
         return _Watch(ranks, logs=logs, grace_s=grace_s, stop=stop).until_end()
@@ -155,6 +165,7 @@ class _Watch:
         self._failures: dict[int, RankFailure] = {}
         self._deadline: float | None = None
         self._is_killing = False
+        self._hung: list[int] = []
 
     def until_end(self) -> AttemptEnd:
         """Watch until no rank is running."""
@@ -172,13 +183,14 @@ class _Watch:
                             f"still running {self._grace_s:g} s after the signal (launch.grace_s): killed. "
                             f"{self._what_is_saved()}"
                         )
+                    self._write_stacks()
                     self._kill()
         records = {failure.rank: failure for failure in read_failures(self._logs)}
         failures = by_cause(self._logs, [records.get(rank, own) for rank, own in self._failures.items()])
         stopped = self._stopped_status or 0
         if self._forwarded and self._is_killing:
             stopped = 128 + self._forwarded
-        return AttemptEnd(status=failures[0].status if failures else stopped, failures=failures)
+        return AttemptEnd(failures[0].status if failures else stopped, failures, self._hung)
 
     def _note_end(self, rank: _Rank, returncode: int) -> None:
         status = shell_status(returncode)
@@ -217,6 +229,15 @@ class _Watch:
         deadline = time.monotonic() + seconds
         self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
+    def _write_stacks(self) -> None:
+        """Let ranks that do not end write where they are."""
+        self._hung = [rank.number for rank in self._running]
+        for rank in self._running:
+            rank.process.send_signal(STACK_SIGNAL)
+        deadline = time.monotonic() + STACK_S
+        while time.monotonic() < deadline:
+            self._pump()
+
     def _kill(self) -> None:
         self._is_killing = True
         for rank in self._running:
@@ -243,32 +264,37 @@ def _start(
     prefix: str,
     is_shown: bool,
     use_terminal: bool,
+    warm: WarmProcess | None,
 ) -> _Rank:
     """Start one rank in its own session, so that Ctrl-C in the terminal reaches only the launcher, which forwards it once."""
     if not is_shown:
         with log.open("ab") as stream:
-            process = subprocess.Popen(
-                command,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return _Rank(number, process, None)
+            out = stream.fileno()
+            return _Rank(number, _process(command, environment, stdout=out, stderr=out, warm=warm), None)
     output = Output(log, prefix=prefix, use_terminal=use_terminal)
+    environment = {**environment, RANK_LOG: str(log)}
     try:
-        process = subprocess.Popen(
-            command,
-            env={**environment, RANK_LOG: str(log)},
-            stdin=subprocess.DEVNULL,
-            stdout=output.stdout,
-            stderr=output.stderr,
-            start_new_session=True,
-        )
+        process = _process(command, environment, stdout=output.stdout, stderr=output.stderr, warm=warm)
     finally:
         output.close_child_ends()
     return _Rank(number, process, output)
+
+
+def _process(
+    command: Sequence[str], environment: Mapping[str, str], *, stdout: int, stderr: int, warm: WarmProcess | None
+) -> subprocess.Popen[bytes] | ForkedRank:
+    if warm is not None:
+        words = command[command.index("-m") + 2 :]
+        with contextlib.suppress(OSError):  # it has died: an ordinary start is slower, nothing else
+            return warm.fork(words, environment, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
 
 
 def _kill(rank: _Rank) -> None:

@@ -173,6 +173,7 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
         "gpu_hours": plan.gpu_hours,
         "energy_mwh": plan.energy_mwh,
         "checkpoint": asdict(plan.checkpoints),
+        "memory_copies": asdict(plan.copies) if plan.copies is not None else None,
         "flops_per_token": {**asdict(plan.flops), "total": plan.flops.total},
         "step_flops_per_gpu": {name: part.flops for name, part in plan.traffic.parts.items()},
         "step_memory_bytes_per_gpu": {name: part.memory_bytes for name, part in plan.traffic.parts.items()},

@@ -175,7 +175,7 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
     out.print(
         f"Advised: checkpoint.every_steps={advised.steps}, the longest interval within 0.1 % of the best (storage is busy "
         f"{busy:.1%} of the time). Expect about {expected:,.1f} failures until the last step. With copies of the state in "
-        f"other nodes' memory (not implemented) the share would be {found.memory:.2%}."
+        f"other nodes' memory (run.memory_copies) the share would be {found.memory:.2%}."
     )
 
 

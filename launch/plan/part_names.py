@@ -2,7 +2,8 @@
 
 PART_NAMES = {
     "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
-    "mlp": "MLP products", "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
+    "mlp": "MLP products", "experts": "expert products", "exchange": "exchange with experts",
+    "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
     "recompute": "recomputing", "launch": "between kernels", "tensor": "tensor parallel, exposed",
     "context": "context parallel, exposed", "pipeline": "messages of stages", "bubble": "pipeline bubble", "teacher": "teacher",
     "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",

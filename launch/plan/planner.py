@@ -50,6 +50,16 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
+class MemoryCopies:
+    """Host memory for copies of the state (`run.memory_copies`)."""
+
+    rank_bytes: float
+    """One copy of the fullest rank's state: its weights' range, masters, moments."""
+    node_bytes: float
+    """All copies on a node: two of each of its ranks, and two of each rank of another node."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything predicted about a run."""
 
@@ -60,6 +70,8 @@ class Plan:
     """Pattern of each model chunk, in layer order."""
     modules: Modules
     parameters: int
+    active_parameters: int
+    """Those that process one token; fewer with experts."""
     flops: Flops
     """Of one token: forward and backward, without recomputation."""
     memory: tuple[RankMemory, ...]
@@ -67,6 +79,8 @@ class Plan:
     time: StepTime
     traffic: StepTraffic
     checkpoints: Checkpoints
+    copies: MemoryCopies | None
+    """None if the recipe makes no copies in memory."""
     problems: tuple[str, ...]
     """Reasons why the run would fail."""
     warnings: tuple[str, ...]
@@ -195,11 +209,13 @@ def make_plan(
         stages=chunks,
         modules=modules,
         parameters=parameters(recipe.model).total,
+        active_parameters=parameters(recipe.model).active,
         flops=flops_per_token(recipe.model, recipe.data.row_tokens),
         memory=memory,
         time=step_time(setting),
         traffic=step_traffic(setting),
         checkpoints=checkpoints_of(recipe, layout=layout, device=device),
+        copies=memory_copies_of(recipe, layout=layout, memory=memory, node=device.node),
         problems=tuple(dict.fromkeys([*problems, *teacher.problems])),
         warnings=(*recipe_warnings(recipe, layout, device, facts), *teacher.notes, *aligned.notes),
     )
@@ -241,6 +257,17 @@ def checkpoints_of(recipe: Recipe, *, layout: Layout, device: Device) -> Checkpo
         stall_s=size / layout.world / TO_HOST,
         write_s=size / (STORAGE_PER_NODE * nodes),
     )
+
+
+def memory_copies_of(recipe: Recipe, *, layout: Layout, memory: Sequence[RankMemory], node: int) -> MemoryCopies | None:
+    """Host memory for copies of the state. node: GPUs of a node."""
+    config = recipe.run.memory_copies
+    if config.every_steps == 0:
+        return None
+    shards = layout.data * layout.context
+    rank = max(one.weights / shards + one.masters + one.moments for one in memory)
+    has_peer = config.peer_nodes > 0 and layout.world > node
+    return MemoryCopies(rank, 2 * (1 + has_peer) * rank * min(node, layout.world))
 
 
 def _high(recipe: Recipe, device: Device) -> Format:

@@ -133,13 +133,17 @@ def _layouts(recipe: Recipe, *, world: int, device: Device) -> Iterator[tuple[Pa
         degrees = tensor * context * pipeline
         if world % degrees:
             continue
+        stage = world // pipeline
+        experts = (
+            [d for d in _doublings(stage) if not stage % d and not model.experts.count % d] if "E" in kinds else [1]
+        )
         data = world // degrees
         if recipe.run.global_rows % data:
             continue
         share = recipe.run.global_rows // data
         rows = [count for count in _doublings(min(share, MAX_MICROBATCH_ROWS)) if not share % count]
         virtuals = [v for v in _doublings(8) if v == 1 or (pipeline > 1 and pipeline * v <= len(kinds))]
-        for virtual, count, recompute in itertools.product(virtuals, rows, ("none", "full")):
+        for expert, virtual, count, recompute in itertools.product(experts, virtuals, rows, ("none", "full")):
             yield (
                 replace(
                     recipe.parallel,
@@ -147,6 +151,8 @@ def _layouts(recipe: Recipe, *, world: int, device: Device) -> Iterator[tuple[Pa
                     pipeline=pipeline,
                     virtual_pipeline=virtual,
                     context=context,
+                    expert=expert,
+                    expert_tensor=1,
                     sequence=tensor > 1,
                     recompute=recompute,  # type: ignore[arg-type]
                     overlap_grad_reduce=data * context > 1,
@@ -172,7 +178,7 @@ def _uncut(recipe: Recipe) -> Recipe:
 def _overrides(plan: Plan, recipe: Recipe) -> list[str]:
     """The overrides that turn `recipe` into the plan's recipe."""
     words = []
-    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "recompute",
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "sequence", "recompute",
                  "overlap_grad_reduce", "overlap_param_gather"):  # fmt: skip
         value = getattr(plan.recipe.parallel, name)
         if value != getattr(recipe.parallel, name):

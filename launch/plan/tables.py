@@ -43,8 +43,9 @@ def _head(plan: Plan) -> Text:
     recipe, layout = plan.recipe, plan.layout
     text = Text()
     text.append(printable(recipe.run.name), style="bold")
+    text.append(f": {plan.parameters:,} parameters{_active(plan)}, ")
     text.append(
-        f": {plan.parameters:,} parameters, {len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
+        f"{len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
         f"{recipe.run.global_rows:,} rows a step\n"
     )
     text.append(
@@ -53,6 +54,10 @@ def _head(plan: Plan) -> Text:
         f"microbatches, {describe_precision(recipe.model, recipe.precision)}, recompute {recipe.parallel.recompute}"
     )
     return text
+
+
+def _active(plan: Plan) -> str:
+    return f" ({plan.active_parameters:,} active)" if plan.active_parameters < plan.parameters else ""
 
 
 def _ranks(plan: Plan, *, every_rank: bool) -> Table:
@@ -161,9 +166,19 @@ def _cost(plan: Plan) -> Table:
         ("energy at full power, with host, without cooling", f"{plan.energy_mwh:,.3f} MWh"),
         ("a checkpoint", units.size(saved.size_bytes)),
         ("saving it: training waits / until written", f"{saved.stall_s:.2g} s / {saved.write_s:.2g} s"),
+        *_copies(plan),
     ):
         table.add_row(name, value)
     return table
+
+
+def _copies(plan: Plan) -> list[tuple[str, str]]:
+    """The row about copies in memory; none without them."""
+    if plan.copies is None:
+        return []
+    folder = plan.recipe.run.memory_copies.folder
+    value = f"{units.gib(plan.copies.rank_bytes)} / {units.gib(plan.copies.node_bytes)}"
+    return [(f"copies in memory: one of a rank / needed in {printable(folder)} of a node", value)]
 
 
 def _print_problems(out: Console, plan: Plan) -> None:

@@ -23,9 +23,10 @@ numbers from the same rows. `another run`: checkpoints or step counts become mea
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         (
-            "run.folder", "run.name", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",
+            "run.folder", "run.name", "run.device", "run.threads", "run.stop_after_steps",
             "run.deterministic", "run.start_from", "run.profile", "run.profile_ranks", "run.profile_memory",
-            "run.garbage_every_steps", "run.integrity", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
+            "run.garbage_every_steps", "run.memory_copies", "run.integrity", "objective.teacher_tensor",
+            "objective.chunk_tokens", "parallel",
             "objective.dpo.reference_log_probs",
             "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
             "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
@@ -40,7 +41,9 @@ _KINDS: dict[str, Kind] = {
         (
             "model.norm_eps", "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_tokens",
             "model.window_tokens", "model.query_scale", "model.attention_softcap", "model.logit_softcap",
-            "model.vocab_padding",
+            "model.vocab_padding", "model.experts.top_k", "model.experts.score", "model.experts.groups",
+            "model.experts.top_groups", "model.experts.scaling", "model.experts.capacity", "model.experts.bias_rate",
+            "model.experts.aux_loss", "model.experts.aux_coefficient",
         ),
         "arithmetic",
     ),
@@ -176,7 +179,12 @@ def _effective(model: dict[str, Any]) -> dict[str, Any]:
     unused = [] if kinds & {"*", "w"} else _ATTENTION
     unused = unused if "w" in kinds else [*unused, "window_tokens"]
     unused = unused if plain["head"] == "vocabulary" else [*unused, "tie_embeddings", "logit_softcap"]
-    unused = unused if "-" in kinds else [*unused, "ffn", "activation"]
+    unused = unused if "-" in kinds else [*unused, "ffn"]
+    unused = unused if kinds & {"-", "E"} else [*unused, "activation"]
+    if "E" in kinds and isinstance(plain["experts"], dict):
+        plain["experts"] = {name: value for name, value in plain["experts"].items() if name not in _BALANCE}
+    else:
+        unused = [*unused, "experts"]
     unused = unused if "M" in kinds else [*unused, *(name for name in plain if name.startswith("mamba_"))]
     if plain["position"] == "none" or not kinds & {"*", "w"}:
         unused = [*unused, *(name for name in plain if name.startswith("rope_"))]
@@ -187,6 +195,8 @@ def _effective(model: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in unused}
 
 
+_BALANCE = ("bias_rate", "aux_loss", "aux_coefficient")
+"""Fields of experts that matter in training only."""
 _ATTENTION = ["heads", "kv_heads", "head_dim", "query_scale", "attention_softcap", "position"]
 
 
@@ -200,6 +210,11 @@ def _kind(key: str, new: dict[str, Any]) -> Kind:
         ends = schedule.get("kind") == "cosine" or (schedule.get("kind") == "wsd" and schedule.get("decay"))
         ends = ends or (isinstance(schedule.get("warmup"), float) and schedule["warmup"] > 0)  # a fraction of the run
         return "arithmetic" if ends and schedule.get("total") is None else "safe"
+    if key == "run.microbatch_rows":
+        model = new.get("model") or {}
+        experts = model.get("experts") or {}
+        counts = experts.get("aux_loss") == "microbatch" or experts.get("capacity") is not None
+        return "arithmetic" if "E" in str(model.get("pattern")) and counts else "safe"
     matches = [name for name in _KINDS if key == name or key.startswith(f"{name}.")]
     return _KINDS[max(matches, key=len)] if matches else "arithmetic"
 

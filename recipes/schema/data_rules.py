@@ -71,7 +71,11 @@ def preference_problems(data: DataConfig) -> list[Problem]:
             f"data.sources.{name} has preferences and data.sources.{other} is of kind {data.sources[other].kind}: one run learns "
             f"from preferences or from documents."
         )
-        found.append(Problem(f"data.sources.{other}.kind", text, "Take one of them out of data.sources."))
+        remedy = (
+            "Take one of them out of data.sources. A recipe leaves out the sources that it inherits with data/no_sources before "
+            "_self_ in its defaults."
+        )
+        found.append(Problem(f"data.sources.{other}.kind", text, remedy))
     if not data.reset_at_documents:
         text = (
             f"data.sources.{name} has preferences, whose answers share a row, and data.reset_at_documents=false lets them see "

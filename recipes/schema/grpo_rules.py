@@ -27,6 +27,7 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
     if whole := reads_whole_rows_only(recipe.parallel, backend):
         text = f"objective.kind=grpo draws answers from the model that trains; {', '.join(whole)} cannot generate text."
         plain = {"parallel.pipeline": 1, "parallel.context": 1, "parallel.sequence": "false"}
+        plain |= {"parallel.expert": 1, "parallel.expert_tensor": 1}
         remedies = [f"{key}={plain[key]}" for key in (name.partition("=")[0] for name in whole) if key in plain]
         remedies += ["precision.backend=reference"] if backend == "te" else []
         remedy = f"Use {', '.join(remedies)}. Tensor and data ranks may stay."

@@ -1,6 +1,7 @@
 """How the processes of a run are laid out, and every rule of a layout.
 
     world = tensor x context x data x pipeline      ranks count tensor first, then context, then data, then pipeline
+    experts: expert_tensor x expert x copies x pipeline = world, over the same ranks, expert_tensor first
 
 `lay_out` reports all problems in one error, so that a recipe can be corrected at once. A layout that it returns obeys
 Megatron-Core's rules and ours. It does not know the machine (memory, network).
@@ -10,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from recipes.schema.errors import Problem, refuse
+from recipes.schema.experts import experts_problems
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import ATTENTION, LayerKind, cut_problems, layer_kinds, pattern_problems
@@ -28,11 +30,19 @@ class Layout:
     data: int
     microbatches_per_step: int
     """Microbatches each data-parallel rank runs in one step (gradient accumulation)."""
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks of a stage that have the same experts: the data-parallel degree of expert weights."""
+        return self.world // (self.pipeline * self.expert * self.expert_tensor)
 
     def describe(self) -> str:
         """The degrees in one short line, e.g. `TP2 PP2 DP1`."""
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
         parts += [f"VP{self.virtual}"] * (self.virtual > 1) + [f"CP{self.context}"] * (self.context > 1)
+        parts += [f"EP{self.expert}"] * (self.expert > 1) + [f"ETP{self.expert_tensor}"] * (self.expert_tensor > 1)
         return " ".join([*parts, f"DP{self.data}"])
 
 
@@ -55,6 +65,12 @@ def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
     return Coordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
 
 
+def stages_of(layout: Layout) -> list[list[int]]:
+    """The ranks of each pipeline stage."""
+    each = layout.world // layout.pipeline
+    return [list(range(stage * each, (stage + 1) * each)) for stage in range(layout.pipeline)]
+
+
 def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int) -> Layout:
     """The layout of a recipe on `world` processes. RecipeError has a line for each broken rule."""
     refuse(layout_problems(model=model, parallel=parallel, run=run, row_tokens=row_tokens, world=world))
@@ -67,6 +83,8 @@ def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row
         context=parallel.context,
         data=data,
         microbatches_per_step=run.global_rows // (run.microbatch_rows * data),
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
     )
 
 
@@ -81,6 +99,7 @@ def layout_problems(
         kinds = set(layer_kinds(model.pattern))
         problems += _shape_problems(model, kinds)
         problems += _tensor_problems(model, parallel, kinds)
+        problems += _expert_problems(model, parallel, kinds)
         problems += _padding_problems(model, parallel)
         problems += _context_problems(model, parallel, kinds)
         problems += cut_problems(model.pattern, parallel.pipeline * parallel.virtual_pipeline)
@@ -101,6 +120,14 @@ def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> lis
             f"{_degree_that_fits(parallel, world)}."
         )
         return [Problem("parallel", text, remedy)]
+    stage = world // parallel.pipeline
+    if stage % (parallel.expert * parallel.expert_tensor):
+        text = (
+            f"parallel.expert={parallel.expert} x expert_tensor={parallel.expert_tensor} does not divide the {stage} ranks of a "
+            f"pipeline stage (world / pipeline)."
+        )
+        remedy = f"Use degrees whose product is {_choices(stage)}."
+        return [Problem("parallel.expert", text, remedy)]
     data = world // degrees
     microbatches, not_whole = divmod(run.global_rows, run.microbatch_rows * data)
     if not_whole:
@@ -186,6 +213,8 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[La
         sizes |= {"model.mamba_heads": model.mamba_heads, "model.mamba_groups": model.mamba_groups}
     if "-" in kinds:
         sizes["model.ffn"] = model.ffn
+    if "E" in kinds and model.experts.shared_ffn:
+        sizes["model.experts.shared_ffn"] = model.experts.shared_ffn
     broken = [f"{name}={size}" for name, size in sizes.items() if size % parallel.tensor]
     if not broken:
         return []
@@ -193,6 +222,38 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[La
     text = f"parallel.tensor={parallel.tensor} does not divide {', '.join(broken)}."
     change = f"or change {'it' if len(broken) == 1 else 'them'}."
     return [Problem("parallel.tensor", text, f"Use {_phrase(fit)} (what all sizes of this model allow), {change}")]
+
+
+def _expert_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[Problem]:
+    """Rules of `E` layers: sizes that the expert ranks do not divide, and layouts that would compute something else."""
+    experts, found = model.experts, []
+    if "E" not in kinds:
+        for name in ("expert", "expert_tensor"):
+            if (degree := getattr(parallel, name)) > 1:
+                text = f"parallel.{name}={degree} splits experts, but model.pattern={model.pattern} has no `E` layer."
+                found.append(Problem(f"parallel.{name}", text, f"Use parallel.{name}=1."))
+        return found
+    found = experts_problems(experts)
+    if experts.count % parallel.expert:
+        text = f"parallel.expert={parallel.expert} does not divide model.experts.count={experts.count}."
+        found.append(Problem("parallel.expert", text, f"Use {_choices(experts.count)}."))
+    if experts.ffn % parallel.expert_tensor:
+        text = f"parallel.expert_tensor={parallel.expert_tensor} does not divide model.experts.ffn={experts.ffn}."
+        found.append(Problem("parallel.expert_tensor", text, f"Use {_choices(experts.ffn)}."))
+    if parallel.tensor > 1 and not parallel.sequence:
+        text = (
+            f"parallel.tensor={parallel.tensor} without parallel.sequence: every tensor rank would send the same tokens to the "
+            f"experts of `E` layers."
+        )
+        found.append(Problem("parallel.sequence", text, "Use parallel.sequence=true, or parallel.tensor=1."))
+    if experts.capacity is not None and parallel.tensor * parallel.context > 1:
+        text = (
+            f"model.experts.capacity={experts.capacity:g} with parallel.tensor={parallel.tensor} and "
+            f"context={parallel.context}: each rank would count only its part of a microbatch and drop other tokens than one "
+            f"process."
+        )
+        found.append(Problem("model.experts.capacity", text, "Use capacity=null, or tensor=1 and context=1."))
+    return found
 
 
 def _padding_problems(model: ModelConfig, parallel: ParallelConfig) -> list[Problem]:
@@ -299,6 +360,8 @@ def reads_whole_rows_only(parallel: ParallelConfig, backend: str) -> list[str]:
         for field, value, plain in (
             ("pipeline", parallel.pipeline, 1),
             ("context", parallel.context, 1),
+            ("expert", parallel.expert, 1),
+            ("expert_tensor", parallel.expert_tensor, 1),
             ("sequence", parallel.sequence, False),
         )
         if value != plain

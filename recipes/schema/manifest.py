@@ -165,12 +165,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is damaged: its content does not match its digest. Remove {folder} to resume from an older one."
         )
     try:
-        if missing := _REQUIRED - raw.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
-        ledger = ledger_of(raw.get("ledger", {}))
-        manifest = replace(Manifest(**(raw | {"tensors": {}, "ledger": ledger})), tensors=tensors)
-        _check_types(manifest)
+        manifest = manifest_from(raw)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
     for name, size in manifest.files.items():
@@ -184,6 +179,17 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, but the manifest says {size:,} bytes."
                 f" The checkpoint is damaged: remove {folder} to resume from an older one."
             )
+    return manifest
+
+
+def manifest_from(raw: dict[str, Any]) -> Manifest:
+    """The manifest in a mapping, without its digest. TypeError, ValueError, KeyError or AttributeError if it is not one."""
+    if missing := _REQUIRED - raw.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
+    ledger = ledger_of(raw.get("ledger", {}))
+    manifest = replace(Manifest(**(raw | {"tensors": {}, "ledger": ledger})), tensors=tensors)
+    _check_types(manifest)
     return manifest
 
 

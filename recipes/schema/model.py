@@ -3,9 +3,10 @@
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.fields import Count, PositiveFloat, PositiveInt, SoftCap
 
 
@@ -14,8 +15,8 @@ class ModelConfig:
     """Shape of the model. Sizes are those of the whole model; each rank has its share."""
 
     pattern: str
-    """One character a layer: `M` Mamba-2, `*` attention, `w` attention over a window, `-` MLP. `|` sets a cut between
-    pipeline stages. A transformer block is two characters: Gemma 2 (arXiv 2408.00118) repeats `w-*-`."""
+    """One character a layer: `M` Mamba-2, `*` attention, `w` attention over a window, `-` MLP, `E` mixture of experts. `|` sets a
+    cut between pipeline stages. A transformer block is two characters: Gemma 2 (arXiv 2408.00118) repeats `w-*-`."""
     hidden: PositiveInt
     """Width of the residual stream."""
     vocab: PositiveInt
@@ -26,7 +27,9 @@ class ModelConfig:
     ffn: PositiveInt = 1024
     """Inner width of an MLP layer (per branch if gated)."""
     activation: Literal["squared_relu", "swiglu", "geglu", "gelu", "silu"] = "squared_relu"
-    """MLP nonlinearity; `swiglu` and `geglu` are gated. Nemotron-H uses squared ReLU (arXiv 2504.03624)."""
+    """Nonlinearity of MLPs and experts; `swiglu` and `geglu` are gated. Nemotron-H uses squared ReLU (arXiv 2504.03624)."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Experts of an `E` layer (docs/experts.md)."""
     heads: PositiveInt = 4
     """Query heads of an attention layer."""
     kv_heads: PositiveInt = 4

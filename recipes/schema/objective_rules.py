@@ -45,7 +45,10 @@ def data_fit_problems(recipe: Recipe) -> list[Problem]:
     if not preferences and kind in PREFERENCE_OBJECTIVES:
         name = next(iter(recipe.data.sources), "NAME")
         text = f"objective.kind={kind} learns from preferences, and data.sources.{name} is not of kind preference."
-        remedy = "Use objective.kind=next_token, or sources that all have kind: preference."
+        remedy = (
+            "Use objective.kind=next_token, or sources that all have kind: preference. A recipe leaves out the sources that it "
+            "inherits with data/no_sources before _self_ in its defaults."
+        )
         found.append(Problem("objective.kind", text, remedy))
     return found
 

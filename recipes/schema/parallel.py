@@ -21,6 +21,11 @@ class ParallelConfig:
     """Model chunks per stage (interleaved schedule); 1: the plain schedule."""
     context: PositiveInt = 1
     """Ranks that share each sequence."""
+    expert: PositiveInt = 1
+    """Ranks that share the experts of an `E` layer: each has `model.experts.count` / this many. They are taken from the tensor,
+    context and data ranks of a stage."""
+    expert_tensor: PositiveInt = 1
+    """Ranks that share the matrices of each expert."""
     sequence: bool = False
     """Sequence parallelism: the tensor ranks split norms and residuals along the sequence. Needs tensor > 1."""
     recompute: Literal["none", "full"] = "none"

@@ -1,7 +1,7 @@
 """The layer pattern of a hybrid model, and what can be computed from it: stages, parameter counts, FLOPs.
 
 A pattern such as `M-M*-M-M*-` has one character per residual layer: `M` Mamba-2, `*` attention, `w` attention over a window of
-earlier tokens, `-` MLP. `|` sets a cut between pipeline stages.
+earlier tokens, `-` MLP, `E` mixture of experts. `|` sets a cut between pipeline stages.
 """
 
 import math
@@ -14,8 +14,16 @@ from typing import Literal, cast
 from recipes.schema.errors import Problem, refuse
 from recipes.schema.model import ModelConfig
 
-LayerKind = Literal["M", "*", "w", "-"]
-KINDS: dict[str, str] = {"M": "Mamba-2", "*": "attention", "w": "attention over a window", "-": "MLP"}
+LayerKind = Literal["M", "*", "w", "-", "E"]
+KINDS: dict[str, str] = {
+    "M": "Mamba-2",
+    "*": "attention",
+    "w": "attention over a window",
+    "-": "MLP",
+    "E": "mixture of experts",
+}
+GATED = ("swiglu", "geglu")
+"""Activations with two branches, and so two matrices before them."""
 ATTENTION: tuple[LayerKind, ...] = ("*", "w")
 """The kinds of attention. They have the same parameters and different masks."""
 CUT = "|"
@@ -45,7 +53,7 @@ def pattern_problems(pattern: str) -> list[Problem]:
 def counts(pattern: str) -> dict[LayerKind, int]:
     """Number of layers of each kind. All kinds are keys."""
     kinds = layer_kinds(pattern)
-    return {kind: kinds.count(kind) for kind in ("M", "*", "w", "-")}
+    return {kind: kinds.count(kind) for kind in ("M", "*", "w", "-", "E")}
 
 
 def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
@@ -149,6 +157,10 @@ class ParameterCount:
     mamba: int
     attention: int
     mlp: int
+    experts: int
+    """All `E` layers: every routed expert, shared experts, routers, latent projections, norms."""
+    idle: int
+    """Routed experts of `E` layers beyond the `top_k` that process a token."""
     final_norm: int
     norms: int
     """All RMSNorm weights: each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm. The fields above include
@@ -157,7 +169,12 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """Every parameter once."""
-        return self.embedding + self.head + self.mamba + self.attention + self.mlp + self.final_norm
+        return self.embedding + self.head + self.mamba + self.attention + self.mlp + self.experts + self.final_norm
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in processing one token, embedding and head included."""
+        return self.total - self.idle
 
 
 def mamba_layer_parameters(model: ModelConfig) -> int:
@@ -178,6 +195,22 @@ def mlp_layer_parameters(model: ModelConfig) -> int:
     return layer_matmul_weights("-", model) + layer_norms(model)
 
 
+def expert_parameters(model: ModelConfig) -> int:
+    """One routed expert."""
+    experts = model.experts
+    return _matrices(model) * (experts.latent or model.hidden) * experts.ffn
+
+
+def expert_layer_parameters(model: ModelConfig) -> int:
+    """One `E` layer with its norms. The bias that balances experts is not a parameter."""
+    idle = (model.experts.count - model.experts.top_k) * expert_parameters(model)
+    return layer_matmul_weights("E", model) + idle + layer_norms(model)
+
+
+def _matrices(model: ModelConfig) -> int:
+    return 3 if model.activation in GATED else 2
+
+
 def layer_norms(model: ModelConfig) -> int:
     """Weights of the norms around a layer: one before it, and with `post_norms` one after it."""
     return (2 if model.post_norms else 1) * model.hidden
@@ -193,6 +226,8 @@ def parameters(model: ModelConfig) -> ParameterCount:
         mamba=layers["M"] * mamba_layer_parameters(model),
         attention=(layers["*"] + layers["w"]) * attention_layer_parameters(model),
         mlp=layers["-"] * mlp_layer_parameters(model),
+        experts=layers["E"] * expert_layer_parameters(model),
+        idle=layers["E"] * (model.experts.count - model.experts.top_k) * expert_parameters(model),
         final_norm=model.hidden,
         norms=norms + layers["M"] * model.mamba_heads * model.mamba_head_dim,
     )
@@ -208,7 +243,13 @@ def weights_of(model: ModelConfig) -> dict[str, object]:
     found = {f"model.{name}": getattr(model, name) for name in names}
     found["model.pattern"] = "".join("*" if kind in ATTENTION else kind for kind in kinds)  # windows have no weights
     if "-" in kinds:
-        found |= {"model.ffn": model.ffn, "gated MLP": model.activation in ("swiglu", "geglu")}
+        found |= {"model.ffn": model.ffn}
+    if "E" in kinds:
+        names = ["count", "ffn", "shared_ffn", "latent"]
+        found |= {f"model.experts.{name}": getattr(model.experts, name) for name in names}
+        found |= {"balanced by a bias": model.experts.bias_rate > 0}
+    if {"-", "E"} & set(kinds):
+        found |= {"gated MLP": model.activation in GATED}
     return found
 
 
@@ -221,6 +262,8 @@ class Flops:
     attention_projections: float
     attention_scores: float
     mlp: float
+    experts: float
+    """Active experts, router and latent projections."""
     head: float
 
     @property
@@ -232,6 +275,7 @@ class Flops:
             + self.attention_projections
             + self.attention_scores
             + self.mlp
+            + self.experts
             + self.head
         )
 
@@ -264,6 +308,7 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
         attention_projections=6 * attention_layers * layer_matmul_weights("*", model),
         attention_scores=3 * 4 * keys * model.heads * model.head_dim,
         mlp=6 * layers["-"] * layer_matmul_weights("-", model),
+        experts=6 * layers["E"] * layer_matmul_weights("E", model),
         head=6 * model.head_rows * model.hidden,
     )
 
@@ -276,7 +321,8 @@ def visible_keys(sequence: int, *, window: int | None = None) -> float:
 
 
 def layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
-    """Number of a layer's weights in matrix products. Each costs 2 FLOPs per token in the forward pass."""
+    """Number of a layer's weights in one token's matrix products. Each costs 2 FLOPs per token in the forward pass. Of an `E`
+    layer: the router, `top_k` experts, the shared one, latent projections."""
     match kind:
         case "M":
             inner = model.mamba_heads * model.mamba_head_dim
@@ -285,4 +331,9 @@ def layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
         case "*" | "w":
             return 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
         case "-":
-            return (3 if model.activation in ("swiglu", "geglu") else 2) * model.hidden * model.ffn
+            return _matrices(model) * model.hidden * model.ffn
+        case "E":
+            experts = model.experts
+            shared = _matrices(model) * model.hidden * experts.shared_ffn
+            around = model.hidden * (experts.count + 2 * experts.latent)
+            return experts.top_k * expert_parameters(model) + shared + around

@@ -20,6 +20,7 @@ from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
+from recipes.schema.expert_rules import expert_precision_problems, expert_problems
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
 from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
@@ -84,6 +85,7 @@ def problems(
         *data_fit_problems(recipe),
         *dpo_problems(recipe),
         *reward_problems(recipe),
+        *expert_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
@@ -236,6 +238,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
     found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
+    found += expert_precision_problems(recipe.model, precision, backend=backend)
     return found + (_shapes(recipe) if backend == "te" else [])
 
 

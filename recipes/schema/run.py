@@ -8,6 +8,7 @@ from typing import Literal
 
 from recipes.schema.fields import Count, PositiveInt, Seed
 from recipes.schema.integrity import IntegrityConfig
+from recipes.schema.memory_copies import MemoryCopiesConfig
 from recipes.schema.spikes import SpikesConfig
 
 
@@ -32,7 +33,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one."""
     threads: Count = 0
-    """CPU threads of a process; 0: divide the machine's cores among the processes on it."""
+    """CPU threads of a process; 0: the environment variable OMP_NUM_THREADS, or without it the machine's cores divided among the
+    processes on it. (Under torchrun, which sets OMP_NUM_THREADS=1 by itself, 1 counts as not set.)"""
     stop_after_steps: PositiveInt | None = None
     """Stop, with a checkpoint, after this many steps of this process; null: train to `steps`. For machines with time slices."""
     start_from: str | None = None
@@ -48,6 +50,8 @@ class RunConfig:
     garbage_every_steps: Count = 50
     """Steps between collections of Python's cyclic garbage. In between, none interrupts a step: with many ranks each pause delays
     all others. 0: leave it to Python."""
+    memory_copies: MemoryCopiesConfig = field(default_factory=MemoryCopiesConfig)
+    """Copies of the training state in memory, for a fast return after a failure."""
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     """What happens when a loss or gradient is not finite, or an outlier."""
     integrity: IntegrityConfig = field(default_factory=IntegrityConfig)

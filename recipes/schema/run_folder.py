@@ -78,10 +78,13 @@ def recipe_in(folder: Path) -> dict[str, Any]:
     return {str(key): without_literals(value) for key, value in plain.items()}
 
 
-def read_metrics(path: Path) -> list[Line]:
-    """The lines of a metrics.jsonl in order, without incomplete lines. Raises OSError."""
+def read_metrics(path: Path, *, first_bytes: int | None = None) -> list[Line]:
+    """The lines of a metrics.jsonl in order, without incomplete lines. Raises OSError.
+
+    first_bytes: read only the beginning, as long as the file was at an earlier time.
+    """
     with open_regular(path) as stream:
-        return _lines_of(stream)
+        return _lines_of(stream if first_bytes is None else stream.read(first_bytes).splitlines())
 
 
 def last_metrics(path: Path) -> list[Line]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import layer_kinds
+from recipes.schema.pattern import GATED, layer_kinds
 from recipes.schema.precision import PrecisionConfig
 
 HADAMARD = 16
@@ -155,9 +155,16 @@ LINEARS = {
     "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "w": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
+    "E": ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2"),
 }
-"""The linear modules of each layer kind, by their name inside the layer. Only these run in low precision. The convolution, the
-scan, softmax, norms, embedding and head never do."""
+"""The linear modules of each layer kind, by their name inside the layer. Only these run in low precision, and the two of a
+shared expert. The convolution, the scan, softmax, norms, routers, latent projections, embedding and head never do."""
+SHARED_LINEARS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+
+
+def layer_linears(model: ModelConfig, kind: str) -> tuple[str, ...]:
+    """The linear modules of a layer kind in this model."""
+    return LINEARS[kind] + (SHARED_LINEARS if kind == "E" and model.experts.shared_ffn else ())
 
 
 def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dict[int, tuple[str, ...]]:
@@ -169,7 +176,7 @@ def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dic
         return {}
     kinds = layer_kinds(model.pattern)
     first, last = precision.high_precision_first, len(kinds) - precision.high_precision_last
-    return {index: LINEARS[kind] for index, kind in enumerate(kinds) if first <= index < last}
+    return {index: layer_linears(model, kind) for index, kind in enumerate(kinds) if first <= index < last}
 
 
 def scalings_used(precision: PrecisionConfig) -> list[str]:
@@ -222,20 +229,29 @@ def active_scaling(precision: PrecisionConfig, tokens: int) -> Scaling | None:
     return scaling_of(precision, precision.scaling_after if switched else precision.scaling)
 
 
-def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str, tuple[int, int]]:
-    """{name of each linear of a layer kind: (out, in) of one tensor rank's part}."""
-    gates = 2 if model.activation in ("swiglu", "geglu") else 1
+def linear_shapes(
+    model: ModelConfig, kind: str, *, tensor: int = 1, expert_tensor: int = 1
+) -> dict[str, tuple[int, int]]:
+    """{name of each linear of a layer kind: (out, in) of one tensor rank's part}. Of routed experts: the matrix of one."""
+    gates = 2 if model.activation in GATED else 1
     inner = model.mamba_heads * model.mamba_head_dim
     conv = inner + 2 * model.mamba_groups * model.mamba_state
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    experts, width = model.experts, model.experts.latent or model.hidden
     whole = {
         "M": ((inner + conv + model.mamba_heads, model.hidden), (model.hidden, inner)),
         "*": ((query + 2 * key, model.hidden), (model.hidden, query)),
         "w": ((query + 2 * key, model.hidden), (model.hidden, query)),
         "-": ((gates * model.ffn, model.hidden), (model.hidden, model.ffn)),
+        "E": ((gates * experts.ffn, width), (width, experts.ffn)),
     }[kind]
     column, row = LINEARS[kind]  # Megatron splits the first linear by outputs (columns), the second by inputs (rows)
-    return {column: (whole[0][0] // tensor, whole[0][1]), row: (whole[1][0], whole[1][1] // tensor)}
+    ranks = expert_tensor if kind == "E" else tensor
+    found = {column: (whole[0][0] // ranks, whole[0][1]), row: (whole[1][0], whole[1][1] // ranks)}
+    if kind == "E" and experts.shared_ffn:
+        shared = experts.shared_ffn // tensor
+        found |= {SHARED_LINEARS[0]: (gates * shared, model.hidden), SHARED_LINEARS[1]: (model.hidden, shared)}
+    return found
 
 
 def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:

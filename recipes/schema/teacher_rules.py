@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import Problem, RecipeError
+from recipes.schema.expert_rules import dense_problems
 from recipes.schema.facts import CacheRequest, Named
 from recipes.schema.layout import lay_out, layout_problems
 from recipes.schema.model import ModelConfig
@@ -141,6 +142,9 @@ def teacher_problems(
         return [Problem("objective.teacher", teacher.recipe_error)]
     objective, model, path = recipe.objective, teacher.recipe.model, teacher.path
     found = language_model_problems(model, place=f"the teacher in {path}", key="objective.teacher")
+    found += dense_problems(
+        model, place=f"the teacher in {path}", what="objective.kind=distill", key="objective.teacher"
+    )
     found += teacher_vocabulary_problems(recipe, model, path=path)
     found += tokenizer_problems(
         f"the teacher in {path}",

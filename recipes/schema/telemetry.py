@@ -20,6 +20,14 @@ class TelemetryConfig:
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases. `offline` needs no network (`wandb sync` uploads it later). Its failures never stop a run."""
+    """Weights & Biases. `offline` needs no network (`wandb sync` uploads it later). No failure of a tracker stops a run."""
     wandb_project: str = "stratum"
     """Project name at Weights & Biases."""
+    mlflow: str | None = None
+    """MLflow: `sqlite:///mlflow.db`, or the address of a tracking server. None: off. Needs the extra `mlflow`."""
+    mlflow_experiment: str = "stratum"
+    """Experiment name at MLflow."""
+    trackio: bool = False
+    """Trackio: a file on this machine, or what its own settings name. Needs the extra `trackio`."""
+    trackio_project: str = "stratum"
+    """Project name at Trackio."""

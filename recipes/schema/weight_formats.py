@@ -14,7 +14,7 @@ from typing import Literal
 
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import layer_kinds
+from recipes.schema.pattern import GATED, layer_kinds
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.suggestions import did_you_mean
 
@@ -104,11 +104,12 @@ def stored_linears(model: ModelConfig) -> Iterator[tuple[int, str, Shape]]:
         "value": (key, model.hidden),
         "output": (model.hidden, query),
     }
-    gate = {"gate": (model.ffn, model.hidden)} if model.activation in ("swiglu", "geglu") else {}
+    gate = {"gate": (model.ffn, model.hidden)} if model.activation in GATED else {}
     matrices = {
         "M": {"in_proj": (in_proj, model.hidden), "out_proj": (model.hidden, inner)},
         "*": attention,
         "w": attention,
+        "E": {},  # `expert_rules` refuses the formats for them
         "-": gate | {"up": (model.ffn, model.hidden), "down": (model.hidden, model.ffn)},
     }
     for layer, kind in enumerate(layer_kinds(model.pattern)):

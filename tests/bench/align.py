@@ -4,19 +4,23 @@ One process, untrained weights (time does not depend on them), real rows: chats 
 take turns (ours, theirs, theirs, ours, ...), because the machine's speed drifts. Compare figures of one table only.
 
     sft     SFT against pretraining on every token of the same rows with the same documents. Goal: 0.97 of its tokens/s
+    dpo     DPO against SFT on the same rows: its reference cached, and with the time of the reference, which reads each row once.
+            Goal: at most 2.1 times the time of a step
 """
 
 import argparse
+import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import road_data
-from chats import tokenizer_file, write_chats
+from chats import tokenizer_file
 from rich.console import Console
 from test_recipe import composed
 
@@ -37,8 +41,10 @@ from data.prepare import prepare
 from recipes.schema.data import SourceConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
-from train.build import build_engine, check, mesh_of
-from train.engine import Engine
+from train.align.dpo import log_prob_step
+from train.build import build_engine, build_objective, check, mesh_of
+from train.engine import Engine, run_schedule
+from train.evaluate.deal import evaluating
 from train.record.stopwatch import Stopwatch
 from train.step import train_step
 
@@ -101,8 +107,31 @@ def sft(recipe: Recipe, options: argparse.Namespace, folder: Path) -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[Recipe, argparse.Namespace, Path], list[Row]]] = {"sft": sft}
-"""Measures of each part; a DPO step belongs here. GRPO is measured next to TRL (tests/bench/grpo.py)."""
+def dpo(recipe: Recipe, options: argparse.Namespace, folder: Path) -> list[Row]:
+    """A step of DPO, the reference's pass over its rows, and a step of SFT on all answers of the same rows."""
+    batches = [_with_reference(batch) for batch in _pairs(recipe, folder, steps=options.block)]
+    objective = replace(recipe.objective, kind="dpo")
+    with _engine(recipe) as engine:
+        built = build_objective(replace(recipe, objective=objective), mesh=engine.mesh, chunks=[], tokenizer=None)
+        prefers = replace(engine, forward_step=built.forward_step, counter=built.counter, loss_parts=built.parts)
+        texts = [replace(batch, ranks=None, groups=None, reference=None) for batch in batches]
+        step, reference, theirs = in_turn(
+            options.rounds,
+            CLOCKS[options.clock],
+            lambda: _train(prefers, batches),
+            lambda: _read(engine, batches),
+            lambda: _train(engine, texts),
+        )
+    whole = [sum(parts) for parts in zip(step, reference, strict=True)]
+    return [
+        *_speeds(recipe, options, {"DPO, reference cached": step, "SFT on the same rows": theirs}),
+        ("DPO / SFT, time of a step", f"{_ratio(step, theirs)} (goal at most 2.1)"),
+        ("the same with the reference's pass", _ratio(whole, theirs)),
+    ]
+
+
+PARTS: dict[str, Callable[[Recipe, argparse.Namespace, Path], list[Row]]] = {"sft": sft, "dpo": dpo}
+"""Measures of each part. GRPO is measured next to TRL (tests/bench/grpo.py)."""
 
 
 def in_turn(rounds: int, clock: Callable[[], float], *works: Callable[[], object]) -> list[list[float]]:
@@ -125,13 +154,32 @@ def _engine(recipe: Recipe) -> Iterator[Engine]:
 
 def _chats(recipe: Recipe, folder: Path, *, steps: int) -> list[Batch]:
     """The rows of the first steps, of chats that are prepared into a folder."""
+    chats = road_data.chats(random.Random(road_data.SEED))
+    return _rows(recipe, folder, chats, kind="chat", steps=steps)
+
+
+def _pairs(recipe: Recipe, folder: Path, *, steps: int) -> list[Batch]:
+    """The same of preferences, of several seeds: one has too few."""
+    pairs = chain.from_iterable(road_data.pairs(random.Random(seed)) for seed in count())
+    return _rows(recipe, folder, pairs, kind="preference", steps=steps)
+
+
+def _rows(
+    recipe: Recipe,
+    folder: Path,
+    records: Iterable[road_data.Record],
+    *,
+    kind: Literal["chat", "preference"],
+    steps: int,
+) -> list[Batch]:
     tokens = steps * recipe.run.global_rows * recipe.data.row_tokens
-    count = max(100, tokens // _CHAT_TOKENS)
-    chats = [chat["messages"] for chat in islice(road_data.chats(random.Random(road_data.SEED)), count)]
+    path = folder / f"{kind}.jsonl"
+    lines = (json.dumps(record) + "\n" for record in islice(records, max(100, tokens // _CHAT_TOKENS)))
+    path.write_text("".join(lines))
     data = replace(
         recipe.data,
-        folder=str(folder / "chats"),
-        sources={"chats": SourceConfig(path=str(write_chats(folder / "chats.jsonl", chats)), kind="chat")},
+        folder=str(folder / kind),
+        sources={kind: SourceConfig(path=str(path), kind=kind)},
         tokenizer=replace(recipe.data.tokenizer, path=str(tokenizer_file())),
         workers=1,
     )
@@ -146,6 +194,21 @@ def _train(engine: Engine, steps: list[Batch]) -> None:
     for step, rows in enumerate(steps):
         microbatches = [rows.part(start, start + size) for start in range(0, len(rows.tokens), size)]
         train_step(engine, microbatches, step=step, learning_rate=1e-3, watch=Stopwatch())
+
+
+def _read(engine: Engine, steps: list[Batch]) -> None:
+    """The reference's pass over the rows of some steps: forward only."""
+    size = engine.microbatch_rows
+    with evaluating(engine.chunks):
+        for rows in steps:
+            microbatches = [rows.part(start, start + size) for start in range(0, len(rows.tokens), size)]
+            run_schedule(engine, microbatches, forward_step=log_prob_step(engine.mesh), forward_only=True)
+
+
+def _with_reference(batch: Batch) -> Batch:
+    """The batch with log-probabilities of a reference; time does not depend on their values."""
+    assert batch.ranks is not None
+    return replace(batch, reference=torch.full(batch.ranks.shape, -10.0, dtype=torch.float64))
 
 
 def _speeds(recipe: Recipe, options: argparse.Namespace, seconds: dict[str, list[float]]) -> list[Row]:

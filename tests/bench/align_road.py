@@ -2,12 +2,16 @@
 
     data --> base --+--> sft --+--> middle --+--> merged
               |     |          +--> quotes --+
+              |     |          +--> dpo; broken: chosen and rejected swapped
+              |     |          +--> grpo; broken: advantages of zero
+              |     |          +--> reward --> rlhf
+              |     |          +--> gamed reward --> gamed, with and without KL
               |     +--> broken: the whole chat learned, or only what the assistant did not write
               +--> stable: no decay of the learning rate --> averaged with the weights of a decay
 
 A hybrid of 1.4M parameters. Every stage runs `stratum` commands as a user would, leaves runs/align_road/results/STAGE.json, and
-is not run again while that file exists; a run that was killed continues. At the end a table is printed, and
-docs/pictures/align_road.png is drawn.
+is not run again while that file exists; a run that was killed continues. At the end a table is printed. When
+all stages have a result, docs/pictures/align_road.png is drawn.
 """
 
 import argparse
@@ -39,6 +43,15 @@ STABLE_STEPS, BASE_STEPS = 400, 600
 WINDOW_EVERY = 20
 SFT_STEPS, SFT_RATE = 400, 0.002
 SKILL_STEPS, SKILL_RATE = 120, 0.001
+GAMED_REWARD = [
+    "tiny_align_reward", "run.name=gamed_reward", f"data.folder={FOLDER}/prepared/gamed",
+    f"data.sources.rankings.path={DATA}/gamed.jsonl", "run.steps=60",
+]  # fmt: skip
+GAMED_KL = {"gamed_free": 1e-6, "gamed_kl": 1.0}
+"""Weights of the KL term; 1e-6 only makes the run record the divergence."""
+GAMED_STEPS, BROKEN_GRPO_STEPS = 40, 60
+ENDS = 5
+"""Batches at the beginning and at the end of a run whose rewards are averaged."""
 ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
 Result = dict[str, Any]
@@ -51,6 +64,8 @@ def data() -> Result:
     stratum("prepare", *_chats("sft", DATA / "chats.jsonl"))
     for skill in SKILLS:
         stratum("prepare", *_chats(skill, DATA / skill / "chats.jsonl"))
+    for words in (["tiny_align_dpo"], ["tiny_align_reward"], GAMED_REWARD):
+        stratum("prepare", "-cn", *words)
     return {}
 
 
@@ -63,7 +78,7 @@ def pretrain() -> Result:
         (FOLDER / ".stable").rename(FOLDER / "stable")
     every = f"{{every_steps: {WINDOW_EVERY}, keep_every_steps: {WINDOW_EVERY}, allow: [arithmetic]}}"
     stratum("train", *_pretraining("stable"), "schedule.decay=0", f"checkpoint={every}")
-    return evaluate("base", *_tasks("taught"))
+    return evaluate("base", *_tasks("taught", "fresh"))
 
 
 def _later_than_stable(_folder: str, names: list[str]) -> list[str]:
@@ -77,7 +92,7 @@ def _later_than_stable(_folder: str, names: list[str]) -> list[str]:
 def sft() -> Result:
     """Supervised fine-tuning: answers to instructions that were never trained on."""
     stratum("train", *_fine_tuning("sft", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE))
-    return evaluate("sft", *_tasks("taught", "plain", "habit", "sums"))
+    return evaluate("sft", *_tasks("taught", "fresh", "plain", "habit", "sums"))
 
 
 def broken_sft() -> Result:
@@ -85,7 +100,7 @@ def broken_sft() -> Result:
     found = {}
     for fault in ("prompt_only", "whole_chat"):
         words = _fine_tuning(f"sft_{fault}", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE)
-        run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
+        broken(fault, *words)
         found[fault] = evaluate(f"sft_{fault}", *_tasks("taught"))["taught"]
     return found
 
@@ -122,6 +137,42 @@ def windows() -> Result:
     return {"stable": _sweep("stable_or_base", ["stable", "base"], (0.0, 1.0), "heldout")[0.0], **found}
 
 
+def dpo() -> Result:
+    """The planted habit is unlearned, and with chosen and rejected swapped it is not."""
+    stratum("train", "-cn", "tiny_align_dpo")
+    broken("wrong_sign", "-cn", "tiny_align_dpo", "run.name=dpo_broken")
+    tasks = _tasks("plain", "habit", "sums")
+    return {name: evaluate(name, *tasks) for name in ("sft", "dpo", "dpo_broken")}
+
+
+def grpo() -> Result:
+    """The sums that SFT left uncertain, and the same with advantages of zero."""
+    stratum("train", "-cn", "tiny_align_grpo")
+    steps = f"run.steps={BROKEN_GRPO_STEPS}"
+    broken("zero_advantages", "-cn", "tiny_align_grpo", "run.name=grpo_broken", steps)
+    found: Result = {"sft": evaluate("sft", *_tasks("small_sums"))}
+    return found | {name: rewards(name) | evaluate(name, *_tasks("small_sums")) for name in ("grpo", "grpo_broken")}
+
+
+def rlhf() -> Result:
+    """A reward model of preferences, and GRPO with it."""
+    stratum("train", "-cn", "tiny_align_reward")
+    stratum("train", "-cn", "tiny_align_rlhf")
+    tasks = _tasks("plain", "habit")
+    return {"sft": evaluate("sft", *tasks), "rlhf": rewards("rlhf") | evaluate("rlhf", *tasks)}
+
+
+def gamed() -> Result:
+    """GRPO with a reward model that prefers large numbers to right sums, with and without the KL term."""
+    stratum("train", "-cn", *GAMED_REWARD)
+    found: Result = {"sft": evaluate("sft", *_tasks("small_sums"))}
+    for name, weight in GAMED_KL.items():
+        words = [f"objective.grpo.reward_model={FOLDER}/gamed_reward", f"objective.grpo.kl_weight={weight}"]
+        stratum("train", "-cn", "tiny_align_grpo", f"run.name={name}", f"run.steps={GAMED_STEPS}", *words)
+        found[name] = rewards(name) | evaluate(name, *_tasks("small_sums"))
+    return found
+
+
 STAGES: dict[str, Callable[[], Result]] = {
     "data": data,
     "pretrain": pretrain,
@@ -130,9 +181,12 @@ STAGES: dict[str, Callable[[], Result]] = {
     "skills": skills,
     "merge": merge,
     "windows": windows,
+    "dpo": dpo,
+    "grpo": grpo,
+    "rlhf": rlhf,
+    "gamed": gamed,
 }
-"""In order. DPO (pairs.jsonl), a reward model (rankings.jsonl), GRPO (prompts_sums.jsonl) and RLHF (prompts_plain.jsonl,
-prompts_gamed.jsonl) start from `sft`."""
+"""In order."""
 
 
 def main() -> int:
@@ -158,7 +212,7 @@ def main() -> int:
         if (RESULTS / f"{name}.json").exists()
     }
     show(results, Console(highlight=False, width=120))
-    if {"pretrain", "sft", "merge", "windows"} <= results.keys():
+    if arguments.draw_only or results.keys() == STAGES.keys():
         draw(results, arguments.to)
     return 0
 
@@ -170,9 +224,39 @@ def evaluate(run: str, *tasks: Path) -> dict[str, float]:
     return {task.stem: found[task.stem]["metrics"]["score"]["value"] for task in tasks}
 
 
+def rewards(name: str) -> Result:
+    """First and last rewards of a run of GRPO (means of ENDS batches): learned from, and true, by the verifier. Its KL."""
+    curve = rollouts(name)
+    found: Result = {}
+    for key in ("reward", "true"):
+        values = [batch[key] for batch in curve]
+        found[f"{key}_first"], found[f"{key}_last"] = statistics.fmean(values[:ENDS]), statistics.fmean(values[-ENDS:])
+    kl = [line["loss_parts"]["kl"] for line in _recorded(name, "step")]
+    gap = max(line["log_prob_gap"]["max"] for line in _recorded(name, "rollouts"))
+    return found | {"kl_largest": max(kl), "kl_last": kl[-1], "largest_gap": gap}
+
+
+def rollouts(name: str) -> list[dict[str, float]]:
+    """The rewards of each batch of a run: learned from, and true."""
+    return [
+        {"reward": event["reward_mean"], "true": event["verifiers"]["exact"]["reward_mean"]}
+        for event in _recorded(name, "rollouts")
+    ]
+
+
+def _recorded(name: str, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
 def stratum(*words: str) -> None:
     """Run a command of ours; its output goes to FOLDER/log.txt. SystemExit with the end of it if the command fails."""
     run([sys.executable, "-m", "train.stratum", *words])
+
+
+def broken(fault: str, *words: str) -> None:
+    """`stratum train WORDS` with a planted fault."""
+    run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
 
 
 def run(words: Sequence[str]) -> None:
@@ -240,37 +324,77 @@ def _text(value: Any) -> str:
 
 
 def draw(results: dict[str, Result], path: Path) -> None:
-    """Accuracy before and after SFT and with each broken mask; the two skills by alpha; the held-out loss of the averages."""
-    with canvas(path, size=(13, 4)) as figure:
-        left, middle, right = figure.subplots(1, 3)
-        bars = {"before": results["pretrain"]["taught"], "SFT": results["sft"]["taught"]}
-        names = {"whole_chat": "whole chat\nlearned", "prompt_only": "prompt only\nlearned"}
-        broken = results.get("broken_sft", {})
-        bars |= {names[fault]: share for fault, share in broken.items() if fault in names}
-        left.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]][: len(bars)])
-        left.axhline(0.9, color=MUTED, linestyle=":", linewidth=1)
-        left.set(title="Instructions never trained on", ylabel="exact answers, share", ylim=(0, 1.02))
-        sums = {float(alpha): parts for alpha, parts in results["merge"]["sums"].items()}
-        for skill, color in zip(SKILLS, SERIES, strict=False):
-            middle.plot(list(sums), [parts[skill] for parts in sums.values()], marker=".", color=color, label=skill)
-        middle.plot(
-            list(sums), [sum(parts.values()) for parts in sums.values()], marker=".", color=SERIES[3], label="sum"
-        )
-        middle.set(
-            title="Merged: (1 - alpha) middle + alpha quotes",
-            xlabel="alpha",
-            ylabel="exact answers, share",
-            ylim=(0, None),
-        )
-        middle.legend()
-        losses = {
-            name: statistics.fmean(parts.values()) for name, parts in results["windows"].items() if name != "seconds"
-        }
-        names = {name: name.replace("window_", "average,\n").replace("base", "decayed") for name in losses}
-        right.plot([names[name] for name in losses], list(losses.values()), "o", color=SERIES[0])
-        right.set(title="Decay emulated by averaging", ylabel="held-out bits per byte")
-        right.margins(x=0.2)
-        right.grid(visible=True, axis="y")
+    """A picture of all stages that have a result."""
+    panels = [panel for stages, panel in PANELS.items() if set(stages) <= results.keys()]
+    rows = -(-len(panels) // COLUMNS)
+    with canvas(path, size=(13, 4 * rows)) as figure:
+        for number, panel in enumerate(panels):
+            panel(figure.add_subplot(rows, COLUMNS, number + 1), results)
+
+
+def _draw_sft(axes: Any, results: dict[str, Result]) -> None:
+    bars = {"before": results["pretrain"]["taught"], "SFT": results["sft"]["taught"]}
+    names = {"whole_chat": "whole chat\nlearned", "prompt_only": "prompt only\nlearned"}
+    failed = results.get("broken_sft", {})
+    bars |= {label: failed[fault] for fault, label in names.items() if fault in failed}
+    axes.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]][: len(bars)])
+    axes.axhline(0.9, color=MUTED, linestyle=":", linewidth=1)
+    axes.set(title="SFT: instructions never trained on", ylabel="exact answers, share", ylim=(0, 1.02))
+
+
+def _draw_merge(axes: Any, results: dict[str, Result]) -> None:
+    """The two skills by alpha."""
+    sums = {float(alpha): parts for alpha, parts in results["merge"]["sums"].items()}
+    for skill, color in zip(SKILLS, SERIES, strict=False):
+        axes.plot(list(sums), [parts[skill] for parts in sums.values()], marker=".", color=color, label=skill)
+    axes.plot(list(sums), [sum(parts.values()) for parts in sums.values()], marker=".", color=SERIES[3], label="sum")
+    first, second = SKILLS
+    title = f"Merged: (1 - alpha) {first} + alpha {second}"
+    axes.set(title=title, xlabel="alpha", ylabel="exact answers, share", ylim=(0, None))
+    axes.legend()
+
+
+def _draw_windows(axes: Any, results: dict[str, Result]) -> None:
+    losses = {name: statistics.fmean(parts.values()) for name, parts in results["windows"].items() if name != "seconds"}
+    names = [name.replace("window_", "average,\n").replace("base", "decayed") for name in losses]
+    axes.plot(names, list(losses.values()), "o", color=SERIES[0])
+    axes.set(title="Decay emulated by averaging", ylabel="held-out bits per byte")
+    axes.margins(x=0.2)
+    axes.grid(visible=True, axis="y")
+
+
+def _draw_dpo(axes: Any, results: dict[str, Result]) -> None:
+    bars = {"SFT": "sft", "DPO": "dpo", "chosen and\nrejected swapped": "dpo_broken"}
+    shares = [results["dpo"][name]["habit"] for name in bars.values()]
+    axes.bar(list(bars), shares, color=[MUTED, SERIES[1], SERIES[3]])
+    axes.set(title="DPO: a planted habit", ylabel="answers with it, share", ylim=(0, 1.02))
+
+
+def _draw_grpo(axes: Any, results: dict[str, Result]) -> None:
+    """The true reward of each batch."""
+    for name, label in (("grpo", "GRPO"), ("grpo_broken", "advantages of 0")):
+        axes.plot([batch["true"] for batch in rollouts(name)], label=label)
+    axes.legend()
+    axes.set(title="GRPO: sums", xlabel="batch", ylabel="right answers, share", ylim=(0, 1.02))
+
+
+def _draw_rlhf(axes: Any, results: dict[str, Result]) -> None:
+    for name, label in (("rlhf", "RLHF"), ("gamed_free", "gamed, no KL"), ("gamed_kl", "gamed, KL")):
+        axes.plot([batch["true"] for batch in rollouts(name)], label=label)
+    axes.legend()
+    axes.set(title="Learning from a reward model", xlabel="batch", ylabel="true reward", ylim=(0, 1.02))
+
+
+PANELS: dict[tuple[str, ...], Callable[[Any, dict[str, Result]], None]] = {
+    ("pretrain", "sft"): _draw_sft,
+    ("merge",): _draw_merge,
+    ("windows",): _draw_windows,
+    ("dpo",): _draw_dpo,
+    ("grpo",): _draw_grpo,
+    ("rlhf", "gamed"): _draw_rlhf,
+}
+"""Parts of the picture, and the stages that each needs."""
+COLUMNS = 3
 
 
 if __name__ == "__main__":

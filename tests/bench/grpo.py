@@ -94,7 +94,7 @@ def theirs(recipe: Recipe, folder: Path, options: argparse.Namespace) -> Callabl
         report_to=[], save_strategy="no", logging_strategy="no", use_bias_correction_kl=False, gradient_checkpointing=False,
         disable_tqdm=True, max_grad_norm=1.0,
     )  # fmt: skip
-    prompts = Dataset.from_dict({"prompt": [f"Say {n}." for n in range(4 * options.prompts)]})
+    prompts = Dataset.from_dict({"prompt": [f"Say {n}." for n in range(options.prompts * (options.steps + 1))]})
     trainer = GRPOTrainer(
         model=str(folder / "peer"), reward_funcs=lambda completions, **_: [digit_share(text) for text in completions],
         args=arguments, train_dataset=prompts, processing_class=words,
@@ -137,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prompts_in(folder, count=4 * options.prompts)
+        prompts_in(folder, count=options.prompts * (options.steps + 1))
         recipe = recipe_of(folder, options)
         run_ranks(1, write_start, recipe)
         torch.set_num_threads(options.threads)

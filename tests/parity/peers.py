@@ -36,6 +36,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _nemotron_h(model: ModelConfig) -> nn.Module:
+    experts = model.experts
     config = NemotronHConfig(
         hybrid_override_pattern=model.pattern,
         num_hidden_layers=len(model.pattern),
@@ -47,6 +48,14 @@ def _nemotron_h(model: ModelConfig) -> nn.Module:
         conv_kernel=model.mamba_conv,
         chunk_size=model.mamba_chunk,
         tie_word_embeddings=False,
+        n_routed_experts=experts.count,
+        num_experts_per_tok=experts.top_k,
+        moe_intermediate_size=experts.ffn,
+        moe_shared_expert_intermediate_size=experts.shared_ffn,
+        moe_latent_size=experts.latent or None,
+        routed_scaling_factor=experts.scaling,
+        n_group=experts.groups,
+        topk_group=experts.top_groups,
     )
     peer = NemotronHForCausalLM(config).float()
     for module in peer.modules():
@@ -106,6 +115,13 @@ def _nemotron_h_name(index: int, tail: str) -> str:
         "mlp.linear_fc2.weight": "down_proj.weight",
         "mixer.conv1d_weight": "conv1d.weight",
         "mixer.conv1d_bias": "conv1d.bias",
+        "mlp.router.weight": "gate.weight",
+        "mlp.experts.linear_fc1.weight": "experts.up_proj",
+        "mlp.experts.linear_fc2.weight": "experts.down_proj",
+        "mlp.shared_experts.linear_fc1.weight": "shared_experts.up_proj.weight",
+        "mlp.shared_experts.linear_fc2.weight": "shared_experts.down_proj.weight",
+        "mlp.latent_in.weight": "fc1_latent_proj.weight",
+        "mlp.latent_out.weight": "fc2_latent_proj.weight",
     }
     return f"model.layers.{index}.mixer.{same.get(tail, tail.removeprefix('mixer.'))}"
 

@@ -14,6 +14,7 @@ from ranks import run_ranks
 from tiny import RECIPE, TINY, engine_of, one_document_rows
 from torch.nn import functional as F
 
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from train.model.context import RowContext
@@ -35,6 +36,7 @@ GEMMA = replace(
     tie_embeddings=True,
 )
 """Everything of Gemma 2 in small; peers start with weights large enough to reach the caps."""
+EXPERTS = ExpertsConfig(count=6, top_k=2, ffn=24, shared_ffn=40, scaling=2.5)
 CASES = {
     "hybrid": (TINY, 2, 64),
     "hybrid, one group, odd length": (
@@ -42,6 +44,9 @@ CASES = {
     "hybrid, four groups, ragged chunks": (
         replace(TINY, pattern="M*-", mamba_groups=4, kv_heads=4, mamba_chunk=24), 2, 61),
     "hybrid, attention wider than hidden": (replace(TINY, pattern="M-*-M", hidden=40, heads=4, head_dim=24), 1, 33),
+    "experts": (replace(TINY, pattern="ME*E", experts=EXPERTS), 2, 61),
+    "experts, in groups, latent": (
+        replace(TINY, pattern="E*E", experts=replace(EXPERTS, count=8, top_k=4, groups=4, top_groups=2, latent=24)), 1, 40),
     "gemma": (GEMMA, 2, 64),
     "gemma, query scale, odd length": (replace(GEMMA, query_scale=12.0, hidden=48, heads=6, kv_heads=3), 3, 61),
     "gemma, window of one": (replace(GEMMA, pattern="w-*-", window_tokens=1, rope_base=500.0), 2, 17),

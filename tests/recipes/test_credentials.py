@@ -16,9 +16,9 @@ from recipes.schema.manifest import Manifest, manifest_text
 from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
-from recipes.schema.telemetry import TelemetryConfig
 from train import stratum
-from train.record.displays import WeightsAndBiases
+from train.record.trackers.tracker import TrackedRun
+from train.record.trackers.wandb_run import WeightsAndBiases
 
 SECRET = "hunter2"
 URL = f"https://me:{SECRET}@127.0.0.1:1/set"
@@ -50,7 +50,7 @@ def test_recipe_yaml_manifest_and_weights_and_biases_have_no_credentials(
     backend.init = lambda **given: (stored.append((given, list(sys.argv))), backend)[1]
     monkeypatch.setitem(sys.modules, "wandb", backend)
     monkeypatch.setattr(sys, "argv", ["stratum", "train", *WORDS])
-    WeightsAndBiases(tmp_path, TelemetryConfig(wandb="offline"), mapping)
+    WeightsAndBiases(TrackedRun(tmp_path, "mine", 1, mapping), mode="offline", project="stratum")
     for text in (yaml.safe_dump(mapping), manifest, repr(stored)):
         assert "127.0.0.1:1/set" in text and SECRET not in text
 

@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
+from processes import STEPS, finish, fork, losses, saves, wait_for_step
 from texts import VOCAB
 
 from recipes.schema.run_folder import METRICS, read_metrics
@@ -19,7 +19,7 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
     child.send_signal(signal.SIGKILL)
     child.communicate()
 
-    child = start(words, "killed")
+    child = fork(words, "killed", step_s=0.02)
     wait_for_step(tmp_path / "killed", 14, child)
     child.send_signal(signal.SIGINT)  # Ctrl-C: save at the step's end, say how to go on
     output = finish(child, status=128 + signal.SIGINT)

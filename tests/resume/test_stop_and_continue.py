@@ -111,15 +111,16 @@ def test_a_signal_to_one_of_two_ranks_stops_both_alike(words: list[str], tmp_pat
 
 def test_the_launcher_stops_two_ranks_and_continues_them(words: list[str], tmp_path: Path) -> None:
     """`stratum launch local --nproc 2`, as a user starts it; the run then continues in forked processes."""
-    longer = ("run.steps=60",)
-    finish(fork(words, "whole", ranks=2, extra=longer))
-    child = start(words, "run", ranks=2, extra=longer, launcher="local")
+    endless = ("run.steps=100000", "checkpoint.every_steps=0")
+    child = start(words, "run", ranks=2, extra=endless, launcher="local")
     wait_for_step(tmp_path / "run", 3, child)
     child.send_signal(signal.SIGTERM)
     finish(child, status=128 + signal.SIGTERM)
     stopped = max(losses(tmp_path / "run"))
-    assert stopped < 60 and saves(tmp_path / "run")[-1] == stopped
-    finish(fork(words, "run", ranks=2, extra=longer))
+    assert saves(tmp_path / "run")[-1] == stopped
+    finish(fork(words, "run", ranks=2, extra=(*endless, "run.stop_after_steps=3")))
+    end = stopped + 3
+    finish(fork(words, "whole", ranks=2, extra=(*endless, f"run.stop_after_steps={end}")))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    last = Path("checkpoints") / steps.name_of(60)
+    last = Path("checkpoints") / steps.name_of(end)
     assert contents_at(tmp_path / "run" / last) == contents_at(tmp_path / "whole" / last)

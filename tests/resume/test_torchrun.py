@@ -1,4 +1,5 @@
-"""torchrun can start the trainer: its processes train like one."""
+"""torchrun can start the trainer: its processes train like one. (By default, two ranks are those of `stratum launch local`:
+test_stop_and_continue.)"""
 
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from processes import RUN, finish, fork, losses, saves, start, wait_for_step
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_ranks_trains_the_same(words: list[str], tmp_path: Path) -> None:
     short = (*RUN, "run.steps=8", "schedule.warmup=2", "checkpoint.every_steps=4")
     layout = ("parallel.tensor=2", "parallel.sequence=true", "model.mamba_groups=2")

@@ -51,7 +51,7 @@ STOREYS = (
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint", "train.report"),
-    ("train.integrity",),
+    ("train.copies", "train.integrity"),
     (
         "train.distill",
         "train.align.dpo",
@@ -64,8 +64,8 @@ STOREYS = (
     ("train.quantize.calibrate",),
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
-    ("train.align",),
-    ("train.run",),
+    ("train.align", "train.merge"),
+    ("train.run", "train.replay"),
     ("train.hf", "train.serve", "train.__main__"),
     ("train.stratum",),
 )

@@ -19,6 +19,8 @@ DOORS = {
     "causal_conv1d": {"train.model.mixer"},
     "hydra": {"recipes.schema"},
     "wandb": {"train.record"},
+    "mlflow": {"train.record"},
+    "trackio": {"train.record"},
     "tensorboard": {"train.record"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},

@@ -15,6 +15,7 @@ MODULES = {
     "megatron-core": "megatron",
     "hydra-core": "hydra",
     "pyyaml": "yaml",
+    "mlflow-skinny": "mlflow",
     "tensorboard": "torch.utils.tensorboard",
 }
 """Import names that differ from the package's name."""

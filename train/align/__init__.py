@@ -1,1 +1,1 @@
-"""Alignment: losses on preferences and rewards, verifiers, and merging of trained models."""
+"""Alignment: learning from preferences and rewards, verifiers, and preferences among a model's own answers."""

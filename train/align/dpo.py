@@ -17,7 +17,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
 from recipes.schema.align import DpoConfig
-from train.align.losses.preference import DpoOptions, PairLogProbs, RankedPairs, dpo_loss, implicit_rewards
+from train.align.losses.preference import PairLogProbs, RankedPairs, dpo_loss, implicit_rewards
 from train.objective.next_token import LocalRows, local_rows
 from train.parallel.mesh import Mesh
 
@@ -79,18 +79,13 @@ def pairs_of(batch: Any, sums_BD: torch.Tensor) -> PairLogProbs:
     )
 
 
-def options_of(config: DpoConfig) -> DpoOptions:
-    """The options of the loss."""
-    return DpoOptions(config.beta, config.label_smoothing, config.length_normalized, config.sft_weight)
-
-
 def dpo_step(mesh: Mesh, config: DpoConfig) -> Callable[..., Any]:
     """The function that Megatron's schedules call for each microbatch of preferences: (output, loss function).
 
     Every context rank computes the whole loss, and its gradient for its own tokens; reports are divided by the number of context
     ranks, because they are summed over them. The divisors are means of the step's microbatches (`train.objective.step_counts`).
     """
-    context_ranks, options = mesh.groups.cp.size(), options_of(config)
+    context_ranks = mesh.groups.cp.size()
 
     def step(microbatches: Any, model: torch.nn.Module) -> Any:
         batch = next(microbatches)
@@ -100,7 +95,7 @@ def dpo_step(mesh: Mesh, config: DpoConfig) -> Callable[..., Any]:
         def loss_of(token_losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             sums_BD = answer_log_probs(token_losses_BS, rows, batch.ranks.shape[1], mesh=mesh)
             pairs, chosen_tokens = batch.per_microbatch()
-            found = dpo_loss(pairs_of(batch, sums_BD), options, step_pairs=pairs, step_chosen_tokens=chosen_tokens)
+            found = dpo_loss(pairs_of(batch, sums_BD), config, step_pairs=pairs, step_chosen_tokens=chosen_tokens)
             chosen_N, rejected_N = found.chosen_rewards, found.rejected_rewards
             right_N = (chosen_N > rejected_N).double() + 0.5 * (chosen_N == rejected_N)
             means = [each.sum() / pairs for each in (chosen_N, rejected_N, chosen_N - rejected_N, right_N)]
@@ -139,7 +134,7 @@ def implicit_pairs_step(mesh: Mesh, config: DpoConfig) -> Callable[..., Any]:
 
         def report_of(token_losses_BS: torch.Tensor) -> tuple[torch.Tensor, RankedPairs]:
             zero, sums_BD = sums_of(token_losses_BS)
-            better_N, worse_N = implicit_rewards(pairs_of(batch, sums_BD), options_of(config))
+            better_N, worse_N = implicit_rewards(pairs_of(batch, sums_BD), config)
             return zero, RankedPairs(better_N, worse_N, torch.ones_like(better_N))
 
         return output, report_of

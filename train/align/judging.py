@@ -15,16 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from data.chat.prompts import Prompt
+from data.system.closing import Closing
 from recipes.schema.align import GrpoConfig
-from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.errors import BackendError, DataError, RecipeError
 from recipes.schema.foreign import parse_json, printable
 from train.align.verify.judge import Judge, Limits, Reward
 from train.align.verify.sample import Sample
-from train.align.verify.verifier import check_verifier
+from train.align.verify.verifier import check_facts, check_verifier
 
 _MOST_JUDGES = 8
 """Verifiers whose processes are kept between batches."""
@@ -50,8 +50,8 @@ class Case:
 
 
 def check_prompts(prompts: Sequence[Prompt], config: GrpoConfig) -> list[dict[str, Any]]:
-    """Check the verifiers of all prompts without starting them. -> the different ones. DataError names file and line; RecipeError
-    for a function that the recipe does not allow."""
+    """Check the verifiers of all prompts, and the facts that they need, without starting them. -> the different ones. DataError
+    names file and line; RecipeError for a function that the recipe does not allow."""
     found: dict[str, dict[str, Any]] = {}
     for prompt in prompts:
         if prompt.verifier is None:
@@ -62,12 +62,13 @@ def check_prompts(prompts: Sequence[Prompt], config: GrpoConfig) -> list[dict[st
                 )
             continue
         text = _text_of(prompt.verifier)
-        if text in found:
-            continue
         try:
             kind = check_verifier(prompt.verifier)
+            check_facts(kind, Sample(prompt.text, "", prompt.facts))
         except DataError as error:
             raise DataError(f"{prompt.place}: {error}") from error
+        if text in found:
+            continue
         if kind == "function" and prompt.verifier["name"] not in config.allowed_functions:
             name = printable(str(prompt.verifier["name"]), most=100)
             raise RecipeError(
@@ -78,7 +79,7 @@ def check_prompts(prompts: Sequence[Prompt], config: GrpoConfig) -> list[dict[st
     return list(found.values())
 
 
-class Judges:
+class Judges(Closing):
     """The verifiers of one rank and its journal. Use it as a context manager: at the end their processes are gone."""
 
     def __init__(self, folder: Path, config: GrpoConfig, *, rank: int) -> None:
@@ -87,12 +88,6 @@ class Judges:
         self._limits = Limits(seconds=config.verifier_seconds, memory_bytes=int(config.verifier_gib * 2**30))
         self._judges: dict[str, Judge] = {}
         self._known = dict(_entries(folder))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """End all verifiers."""
@@ -108,8 +103,8 @@ class Judges:
     def rewards(self, cases: Sequence[Case], *, step: int) -> list[Reward]:
         """The reward of each answer, in order, from the journal if it is there. They are on disk when this returns.
 
-        step: finished steps. Raises DataError or BackendError for a verifier that cannot be opened, DataError if the journal
-        cannot be written.
+        step: finished steps. A verifier that cannot be started is a failure of its answers; `try_all` reports it before step 1.
+        Raises DataError if the journal cannot be written.
         """
         found = {place: self._known[case.key] for place, case in enumerate(cases) if case.key in self._known}
         todo: dict[str, list[int]] = {}
@@ -117,9 +112,7 @@ class Judges:
             if place not in found:
                 todo.setdefault(_text_of(case.prompt.verifier), []).append(place)
         for text, places in todo.items():
-            judge = self._judge(text, cases[places[0]].prompt.verifier or {})
-            samples = [Sample(cases[i].prompt.text, cases[i].answer, cases[i].prompt.facts) for i in places]
-            rewards = judge.rewards(samples)
+            rewards = self._rewards(text, [cases[i] for i in places])
             self._write([(cases[i], reward) for i, reward in zip(places, rewards, strict=True)], step)
             found |= dict(zip(places, rewards, strict=True))
         return [found[place] for place in range(len(cases))]
@@ -131,6 +124,15 @@ class Judges:
             if number.isdecimal() and int(number) < step:
                 with suppress(OSError):
                     path.unlink()
+
+    def _rewards(self, text: str, cases: Sequence[Case]) -> list[Reward]:
+        """Rewards of the answers that one verifier judges."""
+        verifier = cases[0].prompt.verifier or {}
+        try:
+            judge = self._judge(text, verifier)
+        except (DataError, BackendError) as error:
+            return [Reward(None, f"verifier {verifier['kind']} did not start: {error}", "did not start")] * len(cases)
+        return judge.rewards([Sample(case.prompt.text, case.answer, case.prompt.facts) for case in cases])
 
     def _judge(self, text: str, verifier: dict[str, Any]) -> Judge:
         judge = self._judges.pop(text, None)

@@ -115,7 +115,7 @@ def _record(
     if not judged:
         return {}
     best, worst = max(judged, key=lambda one: one[0]), min(judged, key=lambda one: one[0])
-    if best[0] - worst[0] < min_gap:
+    if best[0] - worst[0] < min_gap or best[1] == worst[1]:  # a function may judge equal texts differently
         return {}
     found = {"prompt": prompt.messages, "rewards": [best[0], worst[0]], "place": prompt.place}
     if prompt.tools:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recipes.schema.align import GrpoConfig
-from train.align.losses.policy import Answers, PolicyOptions, policy_loss
+from train.align.losses.policy import Answers, policy_loss
 from train.objective.next_token import local_rows
 from train.parallel.mesh import Mesh
 
@@ -51,17 +51,8 @@ class PolicyRows:
     """As in a `Batch`; always None, because `mask` says what counts."""
 
 
-def options_of(config: GrpoConfig) -> PolicyOptions:
-    """The loss that a recipe configures."""
-    return PolicyOptions(
-        clip_low=config.clip_low, clip_high=config.clip_high, kl_weight=config.kl_weight, kl_estimator=config.kl_estimator,
-        ratio=config.ratio, mean_over=config.mean_over, importance_cap=config.importance_cap,
-    )  # fmt: skip
-
-
 def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
     """The function that Megatron's schedules call for each microbatch. It reports [loss, *PARTS]."""
-    options = options_of(config)
 
     def step(microbatches: Any, model: torch.nn.Module) -> Any:
         batch: PolicyRows = next(microbatches)
@@ -78,7 +69,7 @@ def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
                 reference_log_probs=reference.to(device) if reference is not None else None,
                 sampler_log_probs=batch.drawn.to(device),
             )
-            found = policy_loss(answers, options, step_tokens=batch.step_tokens, step_answers=batch.step_answers)
+            found = policy_loss(answers, config, step_tokens=batch.step_tokens, step_answers=batch.step_answers)
             sums = torch.stack([found.kl, found.clipped_low, found.clipped_high, found.capped]).float()
             parts = sums / max(1, batch.step_tokens)
             return found.loss * batch.scale, torch.cat([found.loss.detach()[None], parts]) * batch.scale
@@ -89,12 +80,15 @@ def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
 
 
 def token_losses(model: Any, batch: Any, *, mesh: Mesh, temperature: float = 1.0) -> torch.Tensor:
-    """-log p of every label at a temperature, [rows, row_tokens]: the forward pass of training. model: wrapped or not.
+    """-log p of every label at a temperature, [rows, row_tokens]: the forward pass of training, with the arithmetic of
+    generation (`RowContext.is_stepwise`). model: wrapped or not.
 
     Collective over the tensor group.
     """
     chunk = getattr(model, "module", model)
     rows = local_rows(batch, mesh, reset_at_documents=True)
+    assert rows.context is not None
+    rows.context.is_stepwise = True
     before, chunk.temperature = chunk.temperature, temperature
     try:
         losses: torch.Tensor = model(

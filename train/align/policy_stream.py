@@ -14,13 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.chat.prompts import PromptSet
+from data.system.closing import Closing
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.manifest import RunState
 from recipes.schema.recipe import Recipe
@@ -95,7 +95,7 @@ class _Seconds:
     log_probs: float = 0.0
 
 
-class PolicyStream:
+class PolicyStream(Closing):
     """An iterator of microbatches for `train.loop`. Every rank makes the same calls. Use it as a context manager."""
 
     def __init__(
@@ -136,12 +136,8 @@ class PolicyStream:
         """Kinds of verifiers and of their failures that a warning has named."""
         self._restore(state)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the verifiers and the process that renders prompts."""
         self._judges.close()
         self._prompts.close()
 
@@ -282,12 +278,17 @@ class PolicyStream:
         if self._frozen.rewards is None or not positions:
             return {}
         texts = [
-            [*self._prompts.ids(self._prompts.index_at(position)), *answer.tokens.tolist()]
+            (*self._prompts.ids(self._prompts.index_at(position)), *answer.tokens.tolist())
             for position, answers in zip(positions, groups, strict=True)
             for answer in answers
         ]
+        different = list(
+            dict.fromkeys(texts)
+        )  # equal answers must not differ by rounding: they would seem to tell something
         with torch.no_grad():
-            values = iter(self._frozen.rewards.scores(texts))
+            scores = self._frozen.rewards.scores([list(text) for text in different])
+        value_of = dict(zip(different, scores, strict=True))
+        values = (value_of[text] for text in texts)
         wrong = "the reward model gave a number that is not finite"
         return {
             position: [

@@ -58,7 +58,9 @@ def draw_answers(
     longest = max(len(request.prompt) for request in requests) + config.max_answer_tokens
     rows = min(config.generation_rows, len(requests))
     with evaluating([model]):
-        events = InferenceEngine(model, shape, EngineConfig(rows=rows, context_tokens=longest)).run(requests)
+        events = InferenceEngine(model, shape, EngineConfig(rows=rows, context_tokens=longest, is_stepwise=True)).run(
+            requests
+        )
     answers = [_answer(found, positions[number // count], number % count) for number, found in enumerate(events)]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
@@ -73,8 +75,8 @@ def _answer(events: list[Event], position: int, number: int) -> Answer:
     last = events[-1]
     if last.finish == "error":
         raise NumericsError(
-            f"answer {number} to the prompt at position {position:,}: {last.message}. Continue from an earlier checkpoint with "
-            f"a lower learning rate."
+            f"answer {number} to the prompt at position {position:,}: {last.message}. Use an earlier "
+            f"checkpoint; training goes on from there with a lower optim.lr or objective.grpo.kl_weight."
         )
     tokens = [event.token for event in events if event.token is not None]
     return Answer(

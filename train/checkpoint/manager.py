@@ -27,7 +27,8 @@ from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.run_folder import POINTER
 from train.checkpoint import finite, publishing, storage
 from train.checkpoint.manifest import Manifest, RunState
-from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
+from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot
+from train.checkpoint.staging import Staging
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 
@@ -50,7 +51,9 @@ class LoadedCheckpoint:
 class CheckpointFolder:
     """The checkpoints of one run. Methods that are collective say so; the others only read the disk."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, *, remedies: str = "a lower optim.lr") -> None:
+        """remedies: `finite.remedies_of` the run's recipe, for advice about NaN and infinity."""
+        self._remedies = remedies
         self.folder = folder
         self.config = config
         self.saved_step: int | None = None
@@ -172,7 +175,7 @@ class CheckpointFolder:
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
             delete_old=lambda: self._retain(step),
-            advice=lambda: finite.advice_after_not_finite(self.folder),
+            advice=lambda: finite.advice_after_not_finite(self.folder, remedies=self._remedies),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -222,7 +225,9 @@ class CheckpointFolder:
         """Advice about NaN or infinity that names the newest finite checkpoint. Waits for a running save. Collective."""
         self.wait()
         peers = Peers(mesh.saving)
-        return peers.broadcast(finite.advice_after_not_finite(self.folder) if peers.rank == 0 else None)
+        return peers.broadcast(
+            finite.advice_after_not_finite(self.folder, remedies=self._remedies) if peers.rank == 0 else None
+        )
 
     def is_first_warning(self) -> bool:
         """True at the first call only: a warning about the duration of saves is given once."""

@@ -114,6 +114,18 @@ def owned_pieces(local_tensors: dict[str, LocalTensor], parts: Sequence[Optimize
     return pieces
 
 
+def resident_pieces(local_tensors: dict[str, LocalTensor], parts: Sequence[OptimizerPart]) -> list[Piece]:
+    """What this rank needs to continue at the same layout: like `owned_pieces`, but also the copies that another rank writes.
+
+    A weight's ranges that other data-parallel ranks update are not included: they are gathered from these ranks.
+    """
+    pieces = [piece for part in parts for group in part_pieces(part).values() for piece in group]
+    for local in local_tensors.values():
+        if not local.is_trained:
+            pieces += _cut(MODEL, local, local.data.reshape(-1), 0)
+    return pieces
+
+
 def part_pieces(part: OptimizerPart) -> dict[str, list[Piece]]:
     """Pieces of this rank's range of a parameter: `weight`, `master` if it is stored separately, and the moments."""
     weight = part.local.data.reshape(-1)[part.start : part.end]

@@ -72,11 +72,16 @@ def restore_random_state(reader: Reader, mesh: Mesh) -> None:
         seed = run.get("seed") if isinstance(run, dict) else None
         seed_random_state(((seed if isinstance(seed, int) else 0) + _SEED_STRIDE * manifest.step) % 2**31)
         return
-    tracked = dict(get_cuda_rng_tracker().get_states())
     saved = {
         name: _verified_state(reader, f"{RANDOM}{mesh.rank:05d}.{name}", like)
         for name, like in random_states(mesh).items()
     }
+    set_random_states(saved, mesh, place=str(reader.folder))
+
+
+def set_random_states(saved: dict[str, torch.Tensor], mesh: Mesh, *, place: str) -> None:
+    """The inverse of `random_states`. place: where they come from, for CheckpointError if this torch version refuses them."""
+    tracked = dict(get_cuda_rng_tracker().get_states())
     try:
         for name, state in saved.items():
             if name == "torch":
@@ -86,7 +91,7 @@ def restore_random_state(reader: Reader, mesh: Mesh) -> None:
             else:
                 tracked[name.removeprefix("tracker.")] = state
     except RuntimeError as error:
-        raise CheckpointError(f"{reader.folder}: this torch version cannot use the random state: {error}") from error
+        raise CheckpointError(f"{place}: this torch version cannot use the random state: {error}") from error
     get_cuda_rng_tracker().set_states(tracked)
 
 

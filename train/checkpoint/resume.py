@@ -3,9 +3,11 @@
 survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) -> load and verify -> one table for the user
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from recipes.schema.changes import Difference, differences
 from recipes.schema.errors import CheckpointError, refuse
@@ -32,7 +34,9 @@ class Start:
     text: str | None
     """The text to show the user."""
     path: Path | None = None
-    """The checkpoint; None at step 0."""
+    """The checkpoint; None at step 0, and if the run continues from copies in memory."""
+    stream: dict[str, torch.Tensor] = field(default_factory=dict)
+    """State of the stream (`train.checkpoint.stream_state`), if it does not come from a checkpoint."""
 
 
 def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new: RunState) -> Start:
@@ -55,20 +59,40 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
                 taught_by=engine.teacher,
             )
         )
-    # Loading may fall back to an older checkpoint than the one checked above, so the rules are checked again below.
     found = checkpoints.resume(engine)
-    lineage = (found.manifest.lineage if found else new.lineage) | _taught_by(engine)
     if found is None:
         if recipe.checkpoint.resume == "required":
             refuse([required_problem(checkpoints.folder)], CheckpointError)
+        lineage = new.lineage | _taught_by(engine)
         return Start(replace(new, lineage=lineage), _from_zero(checkpoints) or _learning(engine))
-    place = str(found.path)
+    # Loading may fall back to an older checkpoint than the one checked above: its rules are checked too.
+    start = continue_from(found, engine, recipe=recipe, new=new)
+    return replace(start, path=found.path)
+
+
+def continue_from(
+    found: LoadedCheckpoint,
+    engine: Engine,
+    *,
+    recipe: Recipe,
+    new: RunState,
+    stream: dict[str, torch.Tensor] | None = None,
+) -> Start:
+    """The start of a run from what the engine was filled from. new: as in `resume`. Raises RecipeError if the recipe has changed
+    in a way that a resume does not allow."""
+    manifest = found.manifest
     refuse(
         resume_problems(
-            recipe, found.manifest, place=place, tokenizer=new.tokenizer, data_hash=new.data_hash, kernels=new.kernels
+            recipe,
+            manifest,
+            place=str(found.path),
+            tokenizer=new.tokenizer,
+            data_hash=new.data_hash,
+            kernels=new.kernels,
+            taught_by=engine.teacher,
         )
     )
-    manifest = found.manifest
+    lineage = manifest.lineage | _taught_by(engine)
     state = replace(
         new,
         step=manifest.step,
@@ -77,7 +101,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
         lineage=lineage,
         ledger=manifest.ledger,
     )
-    return Start(state, _audit(found, engine, recipe=recipe, new=new), found.path)
+    return Start(state, _audit(found, engine, recipe=recipe, new=new), stream=stream or {})
 
 
 def _audit(found: LoadedCheckpoint, engine: Engine, *, recipe: Recipe, new: RunState) -> str:
@@ -104,7 +128,11 @@ def _audit(found: LoadedCheckpoint, engine: Engine, *, recipe: Recipe, new: RunS
             "",
             "restored" if then == now else "seeded by seed and step (another layout)",
         ),
-        ("weights", manifest.fingerprint[:16], "verified: fingerprints agree after loading"),
+        (
+            "weights",
+            manifest.fingerprint[:16] if manifest.tensors else "",
+            "verified: fingerprints agree after loading",
+        ),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, new.data_hash)),
     ]
     if manifest.ledger.left_out or manifest.ledger.skipped_steps:

@@ -30,6 +30,7 @@ from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, StoredBox, TensorRecord, describe_not_finite
 from train.checkpoint.pieces import OptimizerPart, part_pieces
+from train.checkpoint.staging import Source, Staging, copy_pieces
 from train.checkpoint.writing import FilePlan, plan_file, write_verified
 
 log = logging.getLogger(__name__)
@@ -80,20 +81,6 @@ class Peers:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
-
-
-class Staging:
-    """Host memory that a save copies to. It is reused, so that its pages are already mapped at the next save."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def of_size(self, size: int, device: torch.device) -> torch.Tensor:
-        """A buffer of `size` bytes, page-locked if the source is a GPU."""
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old buffer before the larger one is allocated
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        return self._buffer[:size]
 
 
 Memory = dict[str, stale.PartSums]
@@ -170,8 +157,7 @@ class Save:
         self._seconds: dict[str, float] = {}
         self._cpu_s = 0.0
         self._started = time.perf_counter()
-        self._device = snapshot.pieces[0].data.device if snapshot.pieces else torch.device("cpu")
-        self._ready = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
+        self._source = Source(snapshot.pieces[0].data.device if snapshot.pieces else torch.device("cpu"))
         self._note("save_requested", bytes=self._plan.bytes)
 
     def run(self) -> None:
@@ -196,44 +182,22 @@ class Save:
     def _stage(self) -> str | None:
         """Fingerprint the live tensors and copy them in the same pass. -> an error message if one is stale."""
         started, cpu = time.perf_counter(), time.thread_time()
-        if self._device.type == "cuda":
-            self._stage_from_gpu()
-        else:
-            self._stage_from_memory()
+        staging = self._staging
+        if staging is None and self._source.device.type == "cuda":
+            staging = Staging()
+        with self._source.stream():
+            if staging is not None:
+                buffer = staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._source.device)
+                self._sums = copy_pieces(self._plan.pieces, buffer)
+                self._body = [bytes_of(buffer)] if buffer.numel() else []
+            else:  # the caller waits, so the tensors do not change: fingerprints are taken while the file is written
+                self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
+            self._copies = _sums_of_copies(self._snapshot)
         found = self._find_stale()
         self._cpu_s = time.thread_time() - cpu
         self._seconds["stage"] = time.perf_counter() - started
         self._note("save_staged", seconds=self._seconds["stage"])
         return found
-
-    def _stage_from_memory(self) -> None:
-        if self._staging is not None:
-            buffer = self._staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._device)
-            address, body = buffer.data_ptr(), self._plan.starts[0] if self._plan.starts else 0
-            for piece, start in zip(self._plan.pieces, self._plan.starts, strict=True):
-                self._sums.append(piece.sums(copy_to=address + start - body))
-            self._body = [bytes_of(buffer)] if buffer.numel() else []
-        else:  # the caller waits, so the tensors do not change: fingerprints are taken while the file is written
-            self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
-        self._copies = _sums_of_copies(self._snapshot)
-
-    def _stage_from_gpu(self) -> None:
-        """The same from GPU memory, on a separate stream, into page-locked memory. Not tested: needs a GPU."""
-        staging = self._staging or Staging()
-        buffer = staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._device)
-        torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream()
-        stream.wait_event(self._ready)
-        with torch.cuda.stream(stream):
-            at = 0
-            for piece in self._plan.pieces:
-                self._sums.append(piece.sums())
-                flat = piece.data.reshape(-1).view(torch.uint8)
-                buffer[at : at + piece.bytes].copy_(flat, non_blocking=True)
-                at += piece.bytes
-            self._copies = _sums_of_copies(self._snapshot)
-        stream.synchronize()
-        self._body = [bytes_of(buffer)] if buffer.numel() else []
 
     def _find_stale(self) -> str | None:
         """Compare this rank's parts with the last save, if their fingerprints are known. -> an error message if one is stale."""

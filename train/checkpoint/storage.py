@@ -9,6 +9,7 @@ Tensors have whole-model names and are read box by box, so any layout can read a
 tensors of all ranks are fingerprinted and compared with the manifest, so that training continues from what was saved.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +28,17 @@ from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite
 from train.checkpoint.pieces import (
     LocalTensor,
+    OptimizerPart,
     copied_pieces,
     local_tensors_of,
     optimizer_parts,
     optimizer_pieces,
     owned_pieces,
+    part_pieces,
+    resident_pieces,
     weight_pieces,
 )
-from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state
+from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state, set_random_states
 from train.checkpoint.saving import Snapshot
 from train.checkpoint.stream_state import STREAM, stream_pieces
 from train.engine import Engine
@@ -54,16 +58,27 @@ def snapshot_of(engine: Engine, state: RunState, stream: Mapping[str, torch.Tens
     state: its layout is set here, and its tokens if the caller has not counted them. stream: state of the stream
     (`stream_state`), the same on every rank.
     """
-    engine.precision.gather_state()
-    modules = [chunk.module for chunk in engine.chunks]
-    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
-    parts = optimizer_parts(engine.optimizer, modules, local_tensors)
-    tokens = state.tokens or state.position * engine.row_tokens
-    state = replace(state, layout=_layout(engine.mesh), tokens=tokens)
-    manifest = _manifest_of(state, updates=_updates(engine))
+    manifest, local_tensors, parts = _state_of(engine, state)
     pieces = [*owned_pieces(local_tensors, parts), *random_pieces(engine.mesh)]
     pieces += stream_pieces(stream or {}, rank=engine.mesh.rank)
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
+
+
+def resident_snapshot_of(engine: Engine, state: RunState, stream: Mapping[str, torch.Tensor]) -> Snapshot:
+    """Everything that this rank needs to continue at the same layout (`fill_resident`). Collective, and state and stream, as in
+    `snapshot_of`."""
+    manifest, local_tensors, parts = _state_of(engine, state)
+    pieces = [*resident_pieces(local_tensors, parts), *random_pieces(engine.mesh), *stream_pieces(stream, rank=0)]
+    return Snapshot(manifest, pieces)
+
+
+def _state_of(engine: Engine, state: RunState) -> tuple[Manifest, dict[str, LocalTensor], list[OptimizerPart]]:
+    """The manifest of the engine's state, and what this rank has of it."""
+    engine.precision.gather_state()
+    local_tensors, parts = _local_state(engine)
+    tokens = state.tokens or state.position * engine.row_tokens
+    state = replace(state, layout=layout_of(engine.mesh), tokens=tokens)
+    return _manifest_of(state, updates=_updates(engine)), local_tensors, parts
 
 
 def read_training(folder: Path, engine: Engine) -> Manifest:
@@ -75,9 +90,7 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     reader, error = _open(folder)
     _raise_if_any(error)
     assert reader is not None
-    modules = [chunk.module for chunk in engine.chunks]
-    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
-    parts = optimizer_parts(engine.optimizer, modules, local_tensors)
+    local_tensors, parts = _local_state(engine)
     has_optimizer = reader.manifest.updates is not None
     loading = _Loading(reader, engine.mesh.device)
     loading.request(weight_pieces(local_tensors))
@@ -96,6 +109,69 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     _raise_if_any(_error_in(lambda: restore_random_state(reader, engine.mesh)))
     engine.precision.apply_state()
     return reader.manifest
+
+
+def fill_resident(
+    engine: Engine, manifest: Manifest, stored: Mapping[str, tuple[torch.Tensor, Sums]], *, place: str
+) -> str | None:
+    """Fill this rank from a copy that `resident_snapshot_of` described, and verify it. -> why it cannot be used; None if it can.
+
+    Collective over the world: if any rank returns a reason, no rank may train on, because the engine is partly filled. stored:
+    values and fingerprint by label. place: where they come from, for the reason.
+    """
+    local_tensors, parts = _local_state(engine)
+    random = {piece.label: piece for piece in random_pieces(engine.mesh)}
+    error = None
+    for piece in [*resident_pieces(local_tensors, parts), *random.values()]:
+        values, sums = stored.get(piece.label, (None, None))
+        if values is None or (values.dtype, values.numel()) != (piece.data.dtype, piece.data.numel()):
+            error = f"{place} {OTHER_MODEL}: {piece.label} {'is missing' if values is None else 'has another format'}."
+            break
+        piece.data.copy_(values.view_as(piece.data))
+        if piece.sums() != sums:
+            error = f"{place} is damaged: {piece.label} is not what was copied (its fingerprint differs)."
+            break
+    _copy_back_to_fp8(local_tensors)
+    for chunk in engine.chunks:
+        chunk.start_param_sync(force_sync=True)  # ranges of weights that other data-parallel ranks have filled
+    if not _weights_are_as_filled(engine):
+        error = error or f"{place}: the weights gathered from the other ranks are not what these have filled."
+    for group in engine.optimizer.param_groups:
+        group["step"] = manifest.updates or 0
+    engine.precision.apply_state()
+    if error is None:
+        states = {label.split("[")[0].split(".", 2)[2]: piece.data for label, piece in random.items()}
+        error = _error_in(lambda: set_random_states(states, engine.mesh, place=place))
+    return error
+
+
+def _weights_are_as_filled(engine: Engine) -> bool:
+    """Whether this rank's trained weights are the ranges that the data-parallel (and context) ranks have, put together.
+    Collective over that group."""
+    group = engine.mesh.groups.dp_cp
+    local_tensors, parts = _local_state(engine)
+    trained = {name: local for name, local in local_tensors.items() if local.is_trained}
+    number = {id(local): at for at, local in enumerate(trained.values())}
+    ranges = [fingerprint.ZERO] * len(trained)
+    for part in parts:
+        at = number[id(part.local)]
+        ranges[at] = fingerprint.add(ranges[at], _sums_of_all(part_pieces(part)["weight"]))
+    together = fingerprint.to_tensor(ranges).to(engine.mesh.device)
+    if group.size() > 1:
+        dist.all_reduce(together, group=group)
+    whole = [_sums_of_all(weight_pieces({name: local})) for name, local in trained.items()]
+    return fingerprint.from_tensor(together.cpu()) == whole
+
+
+def _sums_of_all(pieces: Sequence[Piece]) -> Sums:
+    return functools.reduce(fingerprint.add, (piece.sums() for piece in pieces), fingerprint.ZERO)
+
+
+def _local_state(engine: Engine) -> tuple[dict[str, LocalTensor], list[OptimizerPart]]:
+    """What this rank has of the model and of the optimizer's state."""
+    modules = [chunk.module for chunk in engine.chunks]
+    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
+    return local_tensors, optimizer_parts(engine.optimizer, modules, local_tensors)
 
 
 def read_weights(
@@ -327,7 +403,8 @@ def _manifest_of(state: RunState, *, updates: int | None = None) -> Manifest:
     return Manifest(**known, versions=_versions(), updates=updates)
 
 
-def _layout(mesh: Mesh) -> dict[str, int]:
+def layout_of(mesh: Mesh) -> dict[str, int]:
+    """The mesh's degrees of parallelism as a manifest has them."""
     return {key: value for key, value in asdict(mesh.layout).items() if isinstance(value, int)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from data.stream import Dataset
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
+from recipes.schema.expert_rules import dense_problems
 from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import vocabulary_problems
@@ -40,7 +41,9 @@ def parent_of(config: CompressConfig) -> Parent:
         parent = parent_at(config.parent)
     except CheckpointError as error:
         raise CheckpointError(f"compress.parent: {error}") from error
-    refuse(language_model_problems(parent.recipe.model, place=f"compress.parent={parent.path}", key="compress.parent"))
+    place = f"compress.parent={parent.path}"
+    refuse(language_model_problems(parent.recipe.model, place=place, key="compress.parent"))
+    refuse(dense_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     return parent
 
 

@@ -3,7 +3,7 @@
     rows, dealt to the data-parallel ranks --model--> rewards --pairs--> gathered on every rank --> metrics
 
 Every pair of answers of different ranks counts once. Intervals cover the choice of other pairs, as if they were independent; the
-pairs of one ranking are not.
+pairs of one ranking are not. The calibration error has none: a binned error is biased upwards, and so are its bootstrap samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from train.align.reward import pairs_of
 from train.engine import Engine, run_schedule
 from train.evaluate.ask import TaskResult
 from train.evaluate.deal import deal, evaluating
-from train.evaluate.intervals import Metric, mean, share
+from train.evaluate.intervals import NO_INTERVAL, Metric, mean, share
 from train.objective.next_token import local_rows
 from train.parallel.mesh import Mesh
 
@@ -68,7 +68,7 @@ def metrics_of(better_N: torch.Tensor, worse_N: torch.Tensor) -> dict[str, Metri
     error = float(calibration_error(better_N, worse_N))
     return {
         "accuracy": share(float(pair_accuracy(better_N, worse_N)) * len(better_N), len(better_N)),
-        "calibration_error": Metric(error, np.nan, np.nan, "none", higher_is_better=False),
+        "calibration_error": Metric(error, np.nan, np.nan, NO_INTERVAL, higher_is_better=False),
         "loss": mean(bradley_terry_losses(better_N, worse_N).tolist(), higher_is_better=False),
     }
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 """Probability that an interval contains the true value."""
+NO_INTERVAL = "none"
+"""Method of a score without an interval: low and high are NaN."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Metric:
     low: float
     high: float
     method: str
-    """Method of the interval: `wilson`, `normal` or `normal (ratio)`; always 95 %."""
+    """Method of the interval: `wilson`, `normal` or `normal (ratio)`, always 95 %; or `none`."""
     higher_is_better: bool = True
 
 

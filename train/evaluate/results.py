@@ -23,6 +23,7 @@ from recipes.schema.foreign import read_json
 from recipes.schema.run_folder import as_json
 from train.evaluate.ask import TaskResult
 from train.evaluate.contamination import Overlap
+from train.evaluate.intervals import NO_INTERVAL
 
 FORMAT = 1
 FILE = "results.json"
@@ -120,10 +121,11 @@ def results_table(entries: dict[str, dict[str, Any]], *, title: str) -> Table:
         for index, (metric, found) in enumerate(entry["metrics"].items()):
             is_first = index == 0
             low, high = (_number(found[end]) for end in ("low", "high"))
+            interval = "n/a" if found["method"] == NO_INTERVAL else f"{low} to {high}"
             better = "higher" if found["higher_is_better"] else "lower"
             shown.add_row(
                 name if is_first else "", f"{entry['items']:,}" if is_first else "", metric,
-                _number(found["value"]), f"{low} to {high}", better,
+                _number(found["value"]), interval, better,
             )  # fmt: skip
     return shown
 

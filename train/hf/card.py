@@ -75,11 +75,13 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
     about = "It is a base model: it continues text and was not trained to follow instructions."
     if is_reward:
         about = "It gives a chat one number, the reward of its last answer, and does not continue text."
+    elif (lessons := _lessons(recipe)) is not None:
+        about = f"It was trained last on {lessons}, with the chat template {_code(recipe.data.chat.template)}."
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if is_reward else "text-generation",
         "license": release.license or "unknown",
-        "tags": [family, "reward-model" if is_reward else "pretraining", "stratum"],
+        "tags": [family, "reward-model" if is_reward else "chat" if _lessons(recipe) else "pretraining", "stratum"],
     } | {key: value for key, value in release.origin.items() if not (release.license and key.startswith("license"))}
     return [
         "---",
@@ -99,6 +101,17 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
         *_lineage(release, record),
         *_conversion(release),
     ]
+
+
+def _lessons(recipe: Recipe) -> str | None:
+    """What a model that answers chats was trained on; None if its data are texts."""
+    match recipe.objective.kind:
+        case "dpo":
+            return "preferences (DPO)"
+        case "grpo":
+            return "rewards of its own answers (GRPO)"
+        case _:
+            return "chats" if recipe.data.conversations else None
 
 
 def _model(release: Release) -> list[str]:
@@ -168,12 +181,12 @@ def _versions(release: Release) -> list[str]:
 def _evaluation(record: RunRecord | None, step: int) -> list[str]:
     lines = ["", "## Evaluation", ""]
     scored = {at: tasks for at, tasks in record.tasks().items() if at <= step} if record is not None else {}
-    if record is not None and not record.evaluations and scored:  # a reward model
+    if record is not None and not record.evaluations and scored:  # alignment: preferences, or tasks
         last = max(scored)
         lines += [
-            f"Held-out preferences at step {last}:",
+            f"Held-out preferences and tasks at step {last}:",
             "",
-            "| source | pairs | metric | value |",
+            "| source or task | items | metric | value |",
             "|---|---|---|---|",
         ]
         for name, entry in scored[last].items():
@@ -213,7 +226,8 @@ def _training(release: Release, record: RunRecord | None) -> list[str]:
         lines += ["", "![training loss, learning rate and held-out bits per byte](loss.png)"]
         if steps:
             change = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"
-            lines += ["", f"Training loss {change} nats per {unit_of(recipe_mapping(recipe))}."]
+            unit = unit_of(recipe_mapping(recipe))
+            lines += ["", f"Training loss {change}{f' nats per {unit}' if unit else ''}."]
     return lines
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import RecipeError
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.foreign import printable, read_json
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
@@ -79,6 +80,17 @@ _NAMES: dict[Family, dict[str, str]] = {
 }
 """Their name -> our field, for fields with equal values."""
 
+_EXPERTS = {
+    "n_routed_experts": "count",
+    "num_experts_per_tok": "top_k",
+    "moe_intermediate_size": "ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn",
+    "n_group": "groups",
+    "topk_group": "top_groups",
+    "routed_scaling_factor": "scaling",
+}
+"""The same for `model.experts`, if the pattern has `E` layers. Their number of shared experts is not used by the class."""
+
 _FIXED: dict[Family, dict[str, Any]] = {
     "nemotron_h": {
         "attention_bias": False,
@@ -126,10 +138,8 @@ _NOT_READ = (
     "hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_hidden_act", "attention_head_dim",
     "rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_parameters", "rope_scaling", "time_step_limit",
     "sliding_window_size", "_attn_implementation", "attn_implementation",
-    # Fields of layer types that a pattern of M, * and - does not have.
-    "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap",
-    "mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_group", "n_routed_experts", "n_shared_experts",
-    "norm_topk_prob", "num_experts_per_tok", "output_router_logits", "routed_scaling_factor", "topk_group",
+    *_EXPERTS, "moe_latent_size", "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    "n_shared_experts", "norm_topk_prob", "output_router_logits",
 )  # fmt: skip
 """Fields that other functions below read, or that do not affect the function computed."""
 
@@ -178,6 +188,11 @@ def to_config(
                 "mlp_hidden_act": _ACTIVATIONS[model.activation],
                 "rms_norm_eps": model.norm_eps,
             }
+            if "E" in kinds:
+                experts = model.experts
+                config |= {theirs: getattr(experts, ours) for theirs, ours in _EXPERTS.items()}
+                config |= {"moe_latent_size": experts.latent or None, "n_shared_experts": 1}
+                config |= {"norm_topk_prob": experts.top_k > 1, "moe_shared_expert_overlap": False}
         case "gemma2":
             attention = [kind for kind in kinds if kind != "-"]
             config |= {
@@ -238,6 +253,8 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
     if family == "nemotron_h":
         fields["pattern"] = _nemotron_pattern(config, problems)
         _check_bounds(config, problems)
+        if "E" in (fields["pattern"] or ""):
+            fields["experts"] = _experts_of(config, problems)
         acts = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
         act = need("mlp_hidden_act")
         fields["activation"] = acts.get(act) if isinstance(act, str) else None
@@ -309,6 +326,24 @@ def _not_nemotron(model: ModelConfig) -> list[str]:
         problems.append(f"model.activation={model.activation}")
     if model.query_scale not in (None, model.head_dim):
         problems.append(f"model.query_scale={model.query_scale}")
+    return problems + (_not_their_experts(model.experts) if "E" in model.pattern else [])
+
+
+def _not_their_experts(experts: ExpertsConfig) -> list[str]:
+    """What NemotronHMoE of transformers does not have. It scores a group by its two best experts."""
+    key, problems = "model.experts", []
+    if experts.score != "sigmoid":
+        problems.append(f"{key}.score={experts.score}")
+    if experts.bias_rate == 0:
+        problems.append(f"{key}.bias_rate=0: the class has a bias")
+    if experts.shared_ffn == 0:
+        problems.append(f"{key}.shared_ffn=0: the class has a shared expert")
+    if experts.capacity is not None:
+        problems.append(f"{key}.capacity={experts.capacity:g}")
+    if experts.groups > 1 and experts.top_k != 2 * experts.top_groups:
+        problems.append(
+            f"{key}.top_k={experts.top_k} from top_groups={experts.top_groups}: the class takes two of each"
+        )
     return problems
 
 
@@ -369,9 +404,30 @@ def _nemotron_pattern(config: dict[str, Any], problems: list[str]) -> str | None
         return None
     if config.get("num_hidden_layers", len(pattern)) != len(pattern):
         problems.append(f"num_hidden_layers={config['num_hidden_layers']!r}, but the pattern has {len(pattern)} layers")
-    if strange := sorted(set(pattern) - set("M*-")):
+    if strange := sorted(set(pattern) - set("M*-E")):
         problems.append(f"hybrid_override_pattern={pattern}: no layers of kind {', '.join(strange)} here")
     return pattern
+
+
+def _experts_of(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Fields of `model.experts`. Balancing is not in a config: the default, which has the bias that the class has."""
+    found = {}
+    for theirs, ours in _EXPERTS.items():
+        value = config.get(theirs)
+        if value is None:
+            problems.append(f"{theirs} is missing")
+        elif isinstance(value, int) and value > _LARGEST_SIZE:
+            problems.append(f"{theirs}={value}: the largest size that is read is {_LARGEST_SIZE:,}")
+        found[ours] = value
+    found["latent"] = config.get("moe_latent_size") or 0
+    is_normalised = bool(config.get("norm_topk_prob", True))
+    top_k = found["top_k"]
+    if isinstance(top_k, int) and is_normalised != (top_k > 1):
+        problems.append(
+            f"norm_topk_prob={is_normalised} with num_experts_per_tok={top_k}: the weights of the chosen experts are divided by "
+            f"their sum here exactly if there are several"
+        )
+    return found
 
 
 def _rope(model: ModelConfig) -> dict[str, Any]:

@@ -5,16 +5,18 @@
     to_theirs(pair, tensors)  <-->  to_ours(pair, tensors)     exact: no arithmetic, so a round trip is bitwise
 
 Two families: Nemotron-H (arXiv 2504.03624, Nemotron Nano 2 too) with transformers' NemotronHForCausalLM, and Gemma 2
-(arXiv 2408.00118) with Gemma2ForCausalLM, or Gemma2ForSequenceClassification for a reward model. Two kinds of moves are enough
+(arXiv 2408.00118) with Gemma2ForCausalLM, or Gemma2ForSequenceClassification for a reward model. Three kinds of moves are enough
 for all:
 
 - `rows`: our tensors concatenated along rows equal theirs concatenated along rows. For projections that only one side fuses
   (Mamba's z, x, B, C, dt; the two branches of a gated MLP), and for everything that is equal on both sides.
 - `groups`: Megatron stores, for each key/value head, its query heads, the key, the value; Hugging Face stores all queries,
   then all keys, then all values.
+- `experts`: we store a matrix of all experts as one tensor, Hugging Face's files one tensor for each expert.
 
 Letters of a shape: h hidden, v our vocabulary, u theirs, f ffn, q heads x head_dim, e kv_heads x head_dim, d inner width
-of Mamba, n groups x state, m Mamba heads, k taps of the convolution. `2d+2n+m` is a sum.
+of Mamba, n groups x state, m Mamba heads, k taps of the convolution, x experts, g width of an expert, s of the shared one, l of
+the experts' inputs. `2d+2n+m` is a sum.
 """
 
 from collections.abc import Sequence
@@ -29,15 +31,16 @@ from recipes.schema.pattern import layer_kinds
 
 Shape = tuple[int, ...]
 Family = Literal["nemotron_h", "gemma2"]
+Move = Literal["rows", "groups", "experts"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table. Names are relative to the layer."""
+    """One row of the table. Names are relative to the layer; in `theirs` of experts `{}` is the number of the expert."""
 
     ours: dict[str, str]
     theirs: dict[str, str]
-    move: Literal["rows", "groups"] = "rows"
+    move: Move = "rows"
     pads: bool = False
     """Ours may have more rows than theirs: vocabularies rounded up for parallelism."""
     full: bool = False
@@ -50,7 +53,7 @@ class Pair:
 
     ours: dict[str, Shape]
     theirs: dict[str, Shape]
-    move: Literal["rows", "groups"]
+    move: Move
     pads: bool
     full: bool
     queries_per_group: int
@@ -107,6 +110,19 @@ _NEMOTRON: dict[str, tuple[Rule, ...]] = {
         Rule({"mlp.linear_fc1.weight": "f h"}, {"mixer.up_proj.weight": "f h"}),
         Rule({"mlp.linear_fc2.weight": "h f"}, {"mixer.down_proj.weight": "h f"}),
     ),
+    "E": (
+        Rule({"pre_mlp_layernorm.weight": "h"}, {"norm.weight": "h"}),
+        Rule({"mlp.router.weight": "x h"}, {"mixer.gate.weight": "x h"}),
+        Rule({"mlp.router.expert_bias": "x"}, {"mixer.gate.e_score_correction_bias": "x"}, full=True),
+        Rule({"mlp.experts.linear_fc1.weight": "x g l"}, {"mixer.experts.{}.up_proj.weight": "g l"}, move="experts"),
+        Rule({"mlp.experts.linear_fc2.weight": "x l g"}, {"mixer.experts.{}.down_proj.weight": "l g"}, move="experts"),
+        Rule({"mlp.shared_experts.linear_fc1.weight": "s h"}, {"mixer.shared_experts.up_proj.weight": "s h"}),
+        Rule({"mlp.shared_experts.linear_fc2.weight": "h s"}, {"mixer.shared_experts.down_proj.weight": "h s"}),
+    ),
+    "latent": (
+        Rule({"mlp.latent_in.weight": "l h"}, {"mixer.fc1_latent_proj.weight": "l h"}),
+        Rule({"mlp.latent_out.weight": "h l"}, {"mixer.fc2_latent_proj.weight": "h l"}),
+    ),
     "last": (
         Rule({"decoder.final_norm.weight": "h"}, {"backbone.norm_f.weight": "h"}),
         Rule({"output_layer.weight": "v h"}, {"lm_head.weight": "u h"}, pads=True),
@@ -147,7 +163,8 @@ def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> li
     found = [_pair(rule, "", "", sizes=sizes, model=model) for rule in table["first"]]
     for index, kind in enumerate(layer_kinds(model.pattern)):
         ours, theirs = f"decoder.layers.{index}.", f"{layer_name(family, index)}."
-        found += [_pair(rule, ours, theirs, sizes=sizes, model=model) for rule in table[kind]]
+        rules = table[kind] + (table["latent"] if kind == "E" and model.experts.latent else ())
+        found += [_pair(rule, ours, theirs, sizes=sizes, model=model) for rule in rules]
     has_head = model.head == "vocabulary" and model.has_own_head
     last = [rule for rule in table["last"] if has_head or "output_layer.weight" not in rule.ours]
     last += table["scalar"] if model.head == "scalar" else ()
@@ -174,6 +191,8 @@ def to_theirs(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]
         grouped = fused.unflatten(0, (-1, pair.queries_per_group + 2, pair.head_dim))
         parts = grouped.split([pair.queries_per_group, 1, 1], dim=1)
         return [part.flatten(0, 2) for part in parts]
+    if pair.move == "experts":
+        return list(tensors[0].unbind())
     return _cut(tensors, list(pair.theirs.values()))
 
 
@@ -186,6 +205,8 @@ def to_ours(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         query, key, value = (tensor.unflatten(0, (-1, pair.head_dim)) for tensor in tensors)
         grouped = [query.unflatten(0, (-1, pair.queries_per_group)), key[:, None], value[:, None]]
         return [torch.cat(grouped, dim=1).flatten(0, 2)]
+    if pair.move == "experts":
+        return [torch.stack(list(tensors))]
     shapes = list(pair.ours.values())
     missing = sum(shape[0] for shape in shapes) - sum(tensor.shape[0] for tensor in tensors)
     if missing and pair.pads:
@@ -205,7 +226,11 @@ def _cut(tensors: Sequence[torch.Tensor], shapes: list[Shape]) -> list[torch.Ten
 def _pair(rule: Rule, ours: str, theirs: str, *, sizes: dict[str, int], model: ModelConfig) -> Pair:
     return Pair(
         ours={ours + name: _shape(text, sizes) for name, text in rule.ours.items()},
-        theirs={theirs + name: _shape(text, sizes) for name, text in rule.theirs.items()},
+        theirs={
+            theirs + name.format(expert): _shape(text, sizes)
+            for name, text in rule.theirs.items()
+            for expert in range(sizes["x"] if rule.move == "experts" else 1)
+        },
         move=rule.move,
         pads=rule.pads,
         full=rule.full,
@@ -226,6 +251,10 @@ def _sizes(model: ModelConfig, theirs_vocab: int) -> dict[str, int]:
         "n": model.mamba_groups * model.mamba_state,
         "m": model.mamba_heads,
         "k": model.mamba_conv,
+        "x": model.experts.count,
+        "g": model.experts.ffn,
+        "s": model.experts.shared_ffn,
+        "l": model.experts.latent or model.hidden,
     }
 
 

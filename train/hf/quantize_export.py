@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from recipes.schema.errors import BackendError, RecipeError, refuse
+from recipes.schema.expert_rules import dense_problems
 from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
@@ -95,6 +96,7 @@ def open_quantizer(parsed: argparse.Namespace, recipe: Recipe, checkpoint: Path)
                 raise RecipeError(f"--{option} needs a format: --quantize int4-g32.")
         return None
     refuse(language_model_problems(recipe.model, place=f"--quantize {parsed.quantize}: {checkpoint}", key="--quantize"))
+    refuse(dense_problems(recipe.model, place=str(checkpoint), what=f"--quantize {parsed.quantize}", key="--quantize"))
     form, family = weight_format(parsed.quantize), family_of(recipe.model)
     if not parsed.no_check and importlib.util.find_spec("compressed_tensors") is None:
         raise BackendError(

@@ -32,6 +32,7 @@ from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw
 from train.inference.thinking import ThinkingWatch
 from train.inference.turns import Drawn, OpenText, Turn
+from train.model.context import PAGE_TOKENS
 from train.model.few_tokens import MOST, FewTokens
 from train.native.few_rows import line_sums
 
@@ -47,7 +48,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`, or nine tenths of
     the free memory if that is less (on one tensor rank; several ranks must agree)."""
-    page_tokens: int = 16
+    page_tokens: int = PAGE_TOKENS
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
     """Largest number of tokens read in a step. It limits the memory of a step, and how long a prompt delays the other texts."""
@@ -57,6 +58,8 @@ class EngineConfig:
     """Tokens of such a block; a multiple of `page_tokens`."""
     draft_tokens: int = 4
     """Largest number of guesses for a text in one step, if the engine has a drafter."""
+    is_stepwise: bool = False
+    """Read prompts token by token too, as generated tokens are: log-probabilities are then the trainer's (docs/align.md)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class EngineStats:
     prompt_tokens: int
     """Prompt tokens of admitted texts. A text that had to wait again adds all tokens that it reads again."""
     cached_tokens: int
-    """Those that were found in the prefix cache."""
+    """Those that were found in the prefix cache, or that another text with the same prompt had just read."""
     generated_tokens: int
     preemptions: int
     steps: int
@@ -227,12 +230,19 @@ class InferenceEngine:
             )
 
     def _admit(self) -> None:
-        """Start waiting texts, in order, as long as their tokens fit; but not those whose next block is being read."""
+        """Start waiting texts, in order, as long as their tokens fit; but not those whose next block is being read, or whose
+        prompt: they begin where it ends, in a row that stays free for them."""
         self._waiting.sort(key=lambda text: text.order)
+        followers = 0
         for text in list(self._waiting):
             if not self._free_rows and all(other.order <= text.order for other in self._running):
                 return
             if self._is_being_read(text):
+                continue
+            if any(_begins_as(text, other) and other.order < text.order for other in self._running):
+                followers += 1
+                continue
+            if 0 < len(self._free_rows) <= followers:
                 continue
             if not self._free_rows:
                 self._preempt_for(text)
@@ -418,7 +428,8 @@ class InferenceEngine:
     @torch.no_grad()
     def _run(self, turns: list[Turn]) -> None:
         befores = [turn.text.done for turn in turns]
-        hidden_TH = read_tokens(self.model, [turn.read for turn in turns], self.pools, few=self._few)
+        reads = [turn.read for turn in turns]
+        hidden_TH = read_tokens(self.model, reads, self.pools, few=self._few, is_stepwise=self.config.is_stepwise)
         # Logits are needed before each token to score, and after the last token of a text and each of its guesses.
         lines: list[int] = []
         scoring: list[range] = []
@@ -442,6 +453,7 @@ class InferenceEngine:
         best_N, log_sums_N = line_sums(logits_NV)
         is_finite, bad = self._finite(turns, hidden_TH, lines, log_sums_N)
         drawing = [(turn, places) for turn, places in drawing if turn.text not in bad]
+        drawing += [(fork, places) for turn, places in drawing for fork in self._forks(turn)]
         drawn = self._draw(drawing, logits_NV, best_N, is_finite)
         self._settle([turn for turn in turns if turn.draft.tokens and turn.text not in bad])
         for turn, places in zip(turns, scoring, strict=True):
@@ -495,12 +507,31 @@ class InferenceEngine:
             return []
         all_lines = [line for _, places in drawing for line in places]
         logits_DV, likeliest_D = (_of_lines(x, all_lines) for x in (logits_NV, best_N))
-        ids = dict(zip(all_lines, next_tokens(logits_DV, draws, guesses, likeliest_D).tolist(), strict=True))
-        drawn = [one for turn, places in drawing for one in turn.accept(places, ids, is_finite)]
+        ids = iter(next_tokens(logits_DV, draws, guesses, likeliest_D).tolist())
+        drawn = [one for turn, places in drawing for one in turn.accept(places, [next(ids) for _ in places], is_finite)]
         self._counts["draws"] += len(drawing)
         self._counts["guessed_tokens"] += sum(len(turn.draft.tokens) for turn, _ in drawing)
         self._counts["accepted_tokens"] += sum(one.is_guessed for one in drawn)
         return drawn
+
+    def _forks(self, turn: Turn) -> list[Turn]:
+        """Turns of the waiting texts with the prompt that this turn has read to its end: they get copies of its states, and draw
+        their first token from the same logits."""
+        leader, forks = turn.text, []
+        if leader.generated:
+            return []
+        for text in sorted(self._waiting, key=lambda text: text.order):
+            if not self._free_rows or not self.pools.fits_fork:
+                break
+            if _begins_as(text, leader):
+                text.row, text.done = self._free_rows.pop(), len(text.tokens)
+                self.pools.fork(leader.row, text.row, text.done)
+                self._waiting.remove(text)
+                self._running.append(text)
+                self._counts["prompt_tokens"] += text.done
+                self._counts["cached_tokens"] += text.done
+                forks.append(Turn(text, 0))
+        return forks
 
     def _settle(self, trials: list[Turn]) -> None:
         """Take back the guesses that were wrong."""
@@ -572,6 +603,21 @@ class InferenceEngine:
 
 
 _NOT_FINITE = "the model's output is not finite (NaN or infinity)"
+
+
+def _begins_as(text: OpenText, other: OpenText) -> bool:
+    """Whether a text that waits can begin where the prompt of the other one ends, which is not read yet, or just now. A drafter
+    reads prompts itself, and a score needs the logits of its prompt."""
+    return not (
+        text.generated
+        or other.generated
+        or text.most_guesses
+        or text.scored < len(text.tokens)
+        or other.scored < len(other.tokens)
+        or text.tokens != other.tokens
+        or not text.request.max_new_tokens
+        or not other.request.max_new_tokens
+    )
 
 
 def _of_lines(x: torch.Tensor, lines: list[int]) -> torch.Tensor:

@@ -35,7 +35,9 @@ class Read:
     """Whether some of the tokens may be taken back: `settle` must follow."""
 
 
-def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[torch.Tensor, Segments]:
+def pack(
+    reads: Sequence[Read], pools: Pools, *, device: torch.device, is_stepwise: bool = False
+) -> tuple[torch.Tensor, Segments]:
     """-> (tokens [1, T], the segments). Reads of one token come first. The pools must have pages for all new tokens."""
     lines, total = [], 0
     for read in reads:
@@ -64,19 +66,22 @@ def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[
         mamba_pools=pools.states,
         trial_S=torch.from_numpy(trial.astype(np.int64)) if has_trial else None,
         trial_T=torch.from_numpy(np.flatnonzero(trial[of_token])).to(device) if has_trial else None,
+        is_stepwise=is_stepwise,
     )
     return torch.tensor([[id for read in reads for id in read.tokens]], device=device), segments
 
 
-def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None) -> torch.Tensor:
+def read_tokens(
+    model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None, is_stepwise: bool = False
+) -> torch.Tensor:
     """Read tokens into the pools. -> hidden states after the final norm, [T, hidden], in the order of the reads.
 
-    few: the same layers, prepared for steps with few tokens; None: always call the layers.
+    few: the same layers, prepared for steps with few tokens; None: always call the layers. is_stepwise: `Segments.is_stepwise`.
 
     model: the whole model, or this tensor rank's part, in eval mode. Collective over the tensor group. The caller holds
     `torch.no_grad()`.
     """
-    tokens_1T, segments = pack(reads, pools, device=pools.device)
+    tokens_1T, segments = pack(reads, pools, device=pools.device, is_stepwise=is_stepwise)
     hidden = model.embedding(input_ids=tokens_1T, position_ids=segments.positions_T[None])
     if few is not None and len(hidden) <= MOST and max(len(read.tokens) for read in reads) <= MOST_OF_A_TEXT:
         return few(hidden[:, 0].contiguous(), segments)

@@ -94,6 +94,17 @@ class PageGroup:
             self.table[row, place] = page
         self.spans[row] = (shared[0][0] if shared else end, end)
 
+    def fork(self, source: int, row: int, tokens: int) -> tuple[int, int] | None:
+        """Start `row` with the first `tokens` tokens of `source`: whole pages are shared. -> the page to copy and the new page of
+        its copy; None if the tokens end with a page. The caller has checked that a page is free."""
+        whole, rest = divmod(tokens, self.page_tokens)
+        first = self.first_seen(tokens)
+        self.adopt(row, [(place, int(self.table[source, place])) for place in range(first, whole)], whole)
+        if not rest:
+            return None
+        self.extend(row, tokens)
+        return int(self.table[source, whole]), int(self.table[row, whole])
+
     def first_seen(self, tokens: int) -> int:
         """The first page that token number `tokens` (the next one) or a later one sees."""
         return 0 if self.window is None else max(0, tokens - self.window + 1) // self.page_tokens
@@ -130,7 +141,7 @@ class Pools:
         self, model: ModelConfig, sizes: CacheSizes, *, dtype: torch.dtype, device: torch.device, tensor: int = 1
     ) -> None:
         self.sizes, self.device = sizes, device
-        kinds = layer_kinds(model.pattern)
+        self._kinds = kinds = layer_kinds(model.pattern)
         heads, groups = model.mamba_heads // tensor, model.mamba_groups // tensor
         channels = heads * model.mamba_head_dim + 2 * groups * model.mamba_state
         slots, wide = sizes.rows + sizes.snapshots, torch.promote_types(dtype, torch.float32)
@@ -196,6 +207,20 @@ class Pools:
         """Release all pages of a row."""
         for group in self.groups.values():
             group.drop(row)
+
+    @property
+    def fits_fork(self) -> bool:
+        """Whether `fork` finds the page that it may need of each kind."""
+        return all(group.pages.free for group in self.groups.values())
+
+    def fork(self, source: int, row: int, tokens: int) -> None:
+        """Start `row` as a copy of `source`, which has `tokens` tokens: states are copied, whole pages shared."""
+        copied = {kind: group.fork(source, row, tokens) for kind, group in self.groups.items()}
+        for number, pool in self.keys.items():
+            pages = copied[self._kinds[number - 1]]
+            if pages is not None:
+                pool.keys[pages[1]], pool.values[pages[1]] = pool.keys[pages[0]], pool.values[pages[0]]
+        self.copy_states(source, row)
 
     def snapshot_slot(self, number: int) -> int:
         """Slot of snapshot `number`: the snapshots come after the slots of the rows."""

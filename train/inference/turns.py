@@ -1,5 +1,6 @@
 """A text in the engine (`OpenText`), what it does in a step (`Turn`) and the tokens that the step gives it (`Drawn`)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from train.inference.drafters import Draft
@@ -86,11 +87,11 @@ class Turn:
         """Whether it gets a token."""
         return self.count == self.text.left and self.text.generated < self.text.request.max_new_tokens
 
-    def accept(self, places: range, ids: dict[int, int], is_finite: list[bool]) -> list[Drawn]:
+    def accept(self, places: range, ids: Sequence[int], is_finite: list[bool]) -> list[Drawn]:
         """The tokens that the text gets, which become part of it: as long as guesses are right, and one more.
 
-        places: lines of the logits after the last token and after each guess. ids: what was drawn from each line; is_finite:
-        whether it is usable.
+        places: lines of the logits after the last token and after each guess. ids: what was drawn from each of them; is_finite:
+        whether a line is usable.
         """
         text, guesses = self.text, self.draft.tokens
         found: list[Drawn] = []
@@ -99,7 +100,7 @@ class Turn:
                 found.append(Drawn(text, -1, line, finish="error"))
                 break
             forced = text.watch.forced if text.watch is not None else None
-            id = ids[line] if forced is None else forced
+            id = ids[index] if forced is None else forced
             text.tokens.append(id)
             if text.watch is not None:
                 text.watch.see(id)

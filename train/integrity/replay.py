@@ -15,7 +15,7 @@ everything is repeated:
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,11 +107,6 @@ class StepReplay:
 
         def finish(*arguments: Any, **named: Any) -> None:
             sample.own.append(_pass_of(engine, sample.losses))
-            for chunk in engine.chunks:
-                for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                    group.is_last_microbatch = True
-                    if chunk.ddp_config.overlap_grad_reduce and not group.is_first_batch:
-                        group.start_grad_sync()  # the hooks that start it were held back until here
             finalize(*arguments, **named)
 
         with _reduction_by(engine, finish), _losses_into(engine, sample.losses):
@@ -186,7 +181,8 @@ class StepReplay:
 
     def _report(self, sample: "Sample") -> _Report:
         groups = self._engine.mesh.groups
-        used, read = "", ()
+        used = ""
+        read: tuple[tuple[int, str], ...] = ()
         if self._rows is not None:
             mine = [self._rows(batch.positions) for batch in sample.microbatches]
             used = _rows_digest(sample.microbatches)
@@ -243,11 +239,11 @@ def _suspects(reports: list[_Report]) -> dict[tuple[int, ...], str]:
             unsure.add(tuple(ranks))
         for index in odd or ():
             found.setdefault((ranks[index],), "other ranks computed the same rows with another result than it")
-    for ranks in unsure:
-        if any((rank,) in found for rank in ranks):
+    for together in unsure:
+        if any((rank,) in found for rank in together):
             continue
-        wrong = tuple(rank for rank in ranks if not reports[rank].is_probe_right)
-        found[wrong or ranks] = "two ranks computed the same rows with different results"
+        wrong = tuple(rank for rank in together if not reports[rank].is_probe_right)
+        found[wrong or together] = "two ranks computed the same rows with different results"
     return found
 
 
@@ -277,15 +273,17 @@ def _reduction_by(engine: Engine, finish: Callable[..., None]) -> Iterator[None]
     config = engine.chunks[0].module.config
     names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     before = {name: getattr(config, name) for name in names}
+    overlaps = [chunk.ddp_config.overlap_grad_reduce for chunk in engine.chunks]
     config.finalize_model_grads_func, config.no_sync_func, config.grad_sync_func = finish, None, None
+    for chunk in engine.chunks:
+        chunk.ddp_config.overlap_grad_reduce = False  # read at every backward pass: its hooks would start the reduction
     try:
-        with ExitStack() as held:
-            for chunk in engine.chunks:
-                held.enter_context(chunk.no_sync())
-            yield
+        yield
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+        for chunk, overlap in zip(engine.chunks, overlaps, strict=True):
+            chunk.ddp_config.overlap_grad_reduce = overlap
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from recipes.schema.integrity import IntegrityConfig
 from recipes.schema.run_folder import SUSPECTS
 from train.engine import Engine
 from train.integrity.findings import Finding, write_suspects
-from train.integrity.replay import Rows, Sample, StepReplay, is_sampled
+from train.integrity.replay import Rows, StepReplay, is_sampled
 from train.integrity.state import StateWatch
 from train.record.telemetry import Telemetry
 from train.step import StepResult
@@ -129,6 +129,3 @@ class Integrity:
             f"{text}. Restart without this host ({self._folder / SUSPECTS} has its name). The last check that found nothing was "
             f"at step {clean}: later checkpoints may be affected."
         )
-
-
-__all__ = ("Integrity", "Sample", "StepRepeated")

@@ -97,7 +97,9 @@ class FeedForward(MLP):
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[sequence, rows, hidden] -> the same shape. The two linear layers are collective over the tensor group."""
-        assert per_token_scale is None, "per_token_scale is for mixtures of experts, which are not supported"
+        assert per_token_scale is None, (
+            "per_token_scale is for Megatron's experts; this project's weigh their outputs (train.model.experts)"
+        )
         inner, bias = self.linear_fc1(hidden_states)
         assert bias is None, "layers here have no biases"
         return self.linear_fc2(self.config.activation_func(inner))

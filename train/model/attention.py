@@ -30,11 +30,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional as F
 
-from train.model.capped import capped_attention
+from train.model.capped import capped_attention, stepwise_attention
 from train.model.context import RowContext, Segments
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
-from train.model.paged import paged_attention, pages_of
+from train.model.paged import interleaved, paged_attention, pages_of
 from train.model.rotary import Rotary
 from train.native import attention as compiled
 
@@ -118,6 +118,13 @@ class AttentionCore(MegatronModule):
         if ranks > 1:
             key_SBGD, value_SBGD = self._gathered(key_SBGD), self._gathered(value_SBGD)
         query_SBHD, key_SBGD, value_SBGD = _computed(query_SBHD), _computed(key_SBGD), _computed(value_SBGD)
+        if row.is_stepwise and ranks == 1 and compiled.attention_usable(query_SBHD):
+            first = self._first_keys(queries, 0, row, rows=query_SBHD.shape[1], device=query_SBHD.device)
+            assert first is not None, "rows have documents"
+            return stepwise_attention(
+                query_SBHD, key_SBGD, value_SBGD, places=row.document_pages, first_key_BQ=first,
+                window=self.window_tokens, scale=self._scale(query_SBHD), softcap=self.softcap,
+            ).to(storage)  # fmt: skip
         keys = key_SBGD.shape[0]
         outputs = []
         for part in _query_ranges(queries, keys, rank=here, ranks=ranks):
@@ -137,6 +144,13 @@ class AttentionCore(MegatronModule):
             key_T1GD = self.rotary(key_T1GD, positions, length=longest)
         pool = segments.key_pools[self.layer_number]
         places = segments.keys["*" if self.window_tokens is None else "w"]
+        if segments.is_stepwise and compiled.attention_usable(query_T1HD):
+            output = compiled.paged_step(
+                interleaved(query_T1HD[:, 0], key_T1GD[:, 0], value_T1GD[:, 0]), None, places.table, segments.by_token,
+                pool.keys, pool.values, heads=query_T1HD.shape[2], window=self.window_tokens,
+                scale=self._scale(query_T1HD), softcap=self.softcap,
+            )  # fmt: skip
+            return output[:, None].to(query_T1HD.dtype)
         new_T = places.places(segments.positions_T, segments.by_token[:, 3])
         pool.keys.flatten(0, 1).index_copy_(0, new_T, key_T1GD[:, 0])
         pool.values.flatten(0, 1).index_copy_(0, new_T, value_T1GD[:, 0])

@@ -35,6 +35,7 @@ from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
+from train.model.experts import ExpertLayer, router_options
 from train.model.head import ScalarHead, token_rows
 from train.model.initial import initialize
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
@@ -156,6 +157,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        **(router_options(model.experts) if "E" in kinds else {}),
         # With two stages and a virtual pipeline, batched messages to the one neighbour pair up wrongly and training goes
         # wrong without an error (docs/megatron.md); overlapped single messages do not.
         overlap_p2p_comm=virtual is not None,
@@ -227,9 +231,24 @@ def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool
             sharded_state_dict_keys_map=names("mlp.linear_fc1", "pre_mlp_layernorm"),
         ),
     )
+    experts = ModuleSpec(
+        module=PostNormMLP if model.post_norms else MLPLayer,
+        params=after,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=backend.norm(),
+            mlp=partial(
+                ExpertLayer,
+                experts=model.experts,
+                shared=MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=row),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
     return ModuleSpec(
         module=HybridStack,
-        submodules=HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp),
+        submodules=HybridStackSubmodules(
+            mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=experts
+        ),
     )
 
 

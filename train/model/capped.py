@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from train.model.context import PAGE_TOKENS, DocumentPages
+from train.model.paged import interleaved
 from train.native import attention as compiled
 
 LARGEST_CAP = 70.0
@@ -39,6 +41,32 @@ class _Plan:
     """0: no cap."""
 
 
+def stepwise_attention(
+    query_SBHD: torch.Tensor,
+    key_SBGD: torch.Tensor,
+    value_SBGD: torch.Tensor,
+    *,
+    places: DocumentPages,
+    first_key_BQ: torch.Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`capped_attention` of whole rows whose forward pass is that of a step of inference, bit by bit: each token is a text of
+    its own with the keys before it. Only if `compiled.attention_usable`. window: that of first_key_BQ."""
+    plan = _Plan(groups=key_SBGD.shape[2], offset=0, scale=scale, softcap=softcap or 0.0)
+    steps = _Steps(places, window)
+    return _Capped.apply(query_SBHD, key_SBGD, value_SBGD, first_key_BQ.contiguous(), plan, steps)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What the kernel of a step of inference needs in addition."""
+
+    places: DocumentPages
+    window: int | None
+
+
 def capped_attention(
     query_QBHD: torch.Tensor,
     key_KBGD: torch.Tensor,
@@ -57,7 +85,7 @@ def capped_attention(
     assert softcap is None or softcap <= LARGEST_CAP, f"exponentials of scores up to {softcap} overflow"
     assert softcap is not None or compiled.attention_usable(query_QBHD), "use torch's attention without a cap"
     plan = _Plan(groups=key_KBGD.shape[2], offset=offset, scale=scale, softcap=softcap or 0.0)
-    return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ.contiguous(), plan)
+    return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ.contiguous(), plan, None)
 
 
 @dataclass(frozen=True)
@@ -93,10 +121,18 @@ def _blocks(first_key_BQ: torch.Tensor, plan: _Plan, *, heads_per_group: int) ->
 class _Capped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first_key_BQ: torch.Tensor, plan: _Plan
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        first_key_BQ: torch.Tensor,
+        plan: _Plan,
+        steps: _Steps | None,
     ) -> torch.Tensor:
         q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
-        if compiled.attention_usable(query):
+        if steps is not None:
+            out, sums = _forward_by_steps(query, key, value, plan, steps)
+        elif compiled.attention_usable(query):
             out, sums = compiled.capped_forward(q, k, v, first_key_BQ, plan)
         else:
             out, sums = _forward(q, k, v, first_key_BQ, plan)
@@ -124,7 +160,24 @@ class _Capped(torch.autograd.Function):
             _by_token(grad_v, value).to(value.dtype),
             None,
             None,
+            None,
         )
+
+
+def _forward_by_steps(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, steps: _Steps
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [S, B, H, D], key, value [S, B, G, D] -> as `_forward`; the second is the log-sum-exp without a cap."""
+    sequence, rows, heads, width = query.shape
+    places, tokens = steps.places, sequence * rows
+    log_sums = torch.empty(tokens, heads)
+    keys, values = torch.empty(2, places.pages, PAGE_TOKENS, plan.groups, width).unbind()
+    out = compiled.paged_step(
+        interleaved(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)), None, places.table, places.lines_T4,
+        keys, values, heads=heads, window=steps.window, scale=plan.scale, softcap=plan.softcap or None, log_sums=log_sums,
+    )  # fmt: skip
+    sums = _by_pair(log_sums.view(sequence, rows, heads, 1), plan.groups).squeeze(-1)
+    return _by_pair(out.view(query.shape), plan.groups), sums.exp_() if plan.softcap else sums
 
 
 def _forward(

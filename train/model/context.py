@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from train.model.documents import document_starts
+
+PAGE_TOKENS = 16
+"""Tokens of a page of keys and values, unless an engine has another size. Attention sums page by page, so bits depend on it."""
+
 
 @dataclass(frozen=True)
 class KeyPool:
@@ -44,6 +49,30 @@ class KeyPlaces:
         """Place (page x page tokens + token of the page) of each of some tokens, [T] int64."""
         pages_T = self.table[slots_T.to(self.table.device), positions_T // self.page_tokens].long()
         return pages_T * self.page_tokens + positions_T % self.page_tokens
+
+
+@dataclass(frozen=True)
+class DocumentPages:
+    """The documents of packed rows as texts of a step of inference: where each token and its keys are."""
+
+    lines_T4: torch.Tensor
+    """[sequence x rows, 4] int64, in the order of tensors [sequence, rows, ...]: index, 1, tokens before, document."""
+    table: torch.Tensor
+    """[documents, pages of the longest] int32: pages of each document."""
+    pages: int
+
+
+def document_pages(documents_BL: torch.Tensor, *, page_tokens: int) -> DocumentPages:
+    """Each document begins a page of its own."""
+    rows, length = documents_BL.shape
+    places = torch.arange(length)
+    starts_BL = document_starts(documents_BL).long()
+    numbers_BL = (starts_BL == places).flatten().cumsum(0).view(rows, length) - 1
+    pages = -(-numbers_BL.flatten().bincount() // page_tokens)
+    table = (pages.cumsum(0) - pages)[:, None] + torch.arange(int(pages.max()))
+    columns = [torch.arange(rows * length), torch.ones(rows * length, dtype=torch.int64)]
+    columns += [(places - starts_BL).t().flatten(), numbers_BL.t().flatten()]
+    return DocumentPages(torch.stack(columns, dim=1), table.to(torch.int32), int(pages.sum()))
 
 
 @dataclass(frozen=True)
@@ -86,6 +115,8 @@ class Segments:
     """[segments] int64: 1 for a trial. None: there are none."""
     trial_T: torch.Tensor | None = None
     """Indices of the tokens of trials in the packed row, in order."""
+    is_stepwise: bool = False
+    """Compute token by token also where a text has many tokens: its bits then do not depend on how it was cut into steps."""
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -111,8 +142,16 @@ class RowContext(PackedSeqParams):
     """[rows, sequence] int: document of each token of the whole row (also under context parallelism). None: one document."""
     segments: Segments | None = None
     """Set during inference only."""
+    is_stepwise: bool = False
+    """Compute token by token, as a model that generates does: compiled kernels then give the same bits (docs/align.md)."""
     masks: dict[tuple[int | None, ...], Any] = field(default_factory=dict)
     """Attention masks that layers of this microbatch share (`train.model.flex`)."""
+
+    @cached_property
+    def document_pages(self) -> DocumentPages:
+        """Of `documents`, on a CPU, in pages of an engine's default size."""
+        assert self.documents is not None
+        return document_pages(self.documents, page_tokens=PAGE_TOKENS)
 
     def __post_init__(self) -> None:
         """Megatron's stock mixer passes `seq_idx` to mamba-ssm's kernels, which reset the state where it changes."""

@@ -30,6 +30,7 @@ from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.model.ssd import mamba_core_segments
 from train.native import attention as compiled_attention
 from train.native.few_rows import FewRows, Memory, NormWeight, usable
+from train.native.scan import STEPWISE_TOKENS
 
 Layer = Callable[[torch.Tensor, Segments], torch.Tensor]
 """hidden states [T, hidden] of the texts' new tokens -> the next hidden states."""
@@ -37,9 +38,8 @@ Layer = Callable[[torch.Tensor, Segments], torch.Tensor]
 
 MOST = 64
 """Tokens of such a step; for more, a product of matrices is faster (measured: equal at about 100)."""
-MOST_OF_A_TEXT = 16
-"""Tokens of one text in such a step. Up to here the scan runs token by token (`STEPWISE` in scan.c), so that a text has the same
-bits however it is cut into such steps."""
+MOST_OF_A_TEXT = STEPWISE_TOKENS
+"""Tokens of one text in such a step."""
 
 
 class FewTokens:

@@ -9,6 +9,8 @@ and D one (zero for norm weights to which one is added); A uniform in [1, 16]; s
 [0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060); a scalar head
 N(0, 1/sqrt(hidden + 1)) (arXiv 2009.01325).
 
+Each expert's matrix is drawn by itself, seeded with the name and the expert's index in the layer.
+
 Cost: a rank draws the full tensor of each of its parameters, one at a time, on the CPU.
 """
 
@@ -24,9 +26,17 @@ from torch import nn
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
 
-_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight", "latent_out.weight")
 HEAD = "output_layer.weight"
-_PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", HEAD)
+_PLAIN = (
+    "linear_qkv.weight",
+    "linear_fc1.weight",
+    "in_proj.weight",
+    "word_embeddings.weight",
+    HEAD,
+    "router.weight",
+    "latent_in.weight",
+)
 _GATED_NORM = "mixer.norm.weight"
 _NORMS = ("norm.weight", "layernorm.weight", "layer_norm_weight")
 A_RANGE = (1.0, 16.0)
@@ -59,6 +69,12 @@ def initialize(
             continue
         if not model.has_own_head and name == HEAD:
             name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the one matrix
+        if (linear := getattr(parameter, "part_of_experts", None)) is not None:
+            for local, weight in enumerate(parameter.data):
+                one = f"{name}/{linear.first_expert + local}"
+                whole = _draw(name, linear.whole_shape, model=model, layers=layers, seed=seed, stream=one)
+                weight.copy_(linear.part_of(whole))
+            continue
         whole = _draw(name, _whole_shape(parameter, tensor_group.size()), model=model, layers=layers, seed=seed)
         parameter.data.copy_(_part(whole, parameter, rank=tensor_group.rank(), ranks=tensor_group.size()))
 
@@ -83,9 +99,12 @@ def _part(whole: torch.Tensor, parameter: nn.Parameter, *, rank: int, ranks: int
     return torch.cat([component.chunk(ranks, dim)[rank] for component in components], dim)
 
 
-def _draw(name: str, shape: list[int], *, model: ModelConfig, layers: int, seed: int) -> torch.Tensor:
+def _draw(
+    name: str, shape: list[int], *, model: ModelConfig, layers: int, seed: int, stream: str | None = None
+) -> torch.Tensor:
+    """Initial values of a parameter. stream: what the generator is seeded with, if not the name."""
     generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+        int.from_bytes(hashlib.sha256(f"{seed}/{stream or name}".encode()).digest()[:8], "little") >> 1
     )
 
     def uniform(low: float, high: float) -> torch.Tensor:

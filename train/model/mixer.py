@@ -106,7 +106,13 @@ class ReferenceMixer(MambaMixer):
         else:
             zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
             documents = packed_seq_params.documents if packed_seq_params is not None else None
-            y = ssd.mamba_core(zxbcdt, self.scan_weights(), sizes=self.scan_sizes(), document_BL=documents)
+            y = ssd.mamba_core(
+                zxbcdt,
+                self.scan_weights(),
+                sizes=self.scan_sizes(),
+                document_BL=documents,
+                is_stepwise=packed_seq_params is not None and packed_seq_params.is_stepwise,
+            )
             y = self.cp.post_conv_ssm(y, None)
         return self.out_proj(self.norm(y))
 

@@ -16,6 +16,13 @@ BLOCK_TOKENS = 2048
 """Keys that are copied from their pages at once."""
 
 
+def interleaved(query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> torch.Tensor:
+    """As Megatron's projection gives them: by key/value head its queries, its key, its value, [T, G * (R + 2) * D]."""
+    groups = key_TGD.shape[1]
+    parts = [query_THD.unflatten(1, (groups, -1)), key_TGD[:, :, None], value_TGD[:, :, None]]
+    return torch.cat(parts, dim=2).flatten(1).contiguous()
+
+
 def pages_of(
     pool: KeyPool, table: torch.Tensor, segment: Segment, *, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -48,14 +48,16 @@ def mamba_core(
     *,
     sizes: ScanSizes,
     document_BL: torch.Tensor | None = None,
+    is_stepwise: bool = False,
 ) -> torch.Tensor:
     """y * silu(z) of the Mamba-2 recurrence over whole rows, [L, B, H*P] in the input's dtype.
 
     zxbcdt_LBD: output of the in-projection. document_BL: document index of each token, never decreasing; convolution and
-    state restart where it changes. Any L. Deterministic. Differentiable once in all tensors but the documents.
+    state restart where it changes. is_stepwise: run the recurrence token by token, where it is compiled: the bits of
+    `mamba_core_segments`. Any L. Deterministic. Differentiable once in all tensors but the documents.
     """
     sizes = replace(sizes, chunk=min(sizes.chunk, zxbcdt_LBD.shape[0]))
-    return _MambaCore.apply(zxbcdt_LBD, *weights, document_BL, sizes)
+    return _MambaCore.apply(zxbcdt_LBD, *weights, document_BL, sizes, is_stepwise)
 
 
 @torch.no_grad()
@@ -122,6 +124,7 @@ def mamba_core_segments(
             scan_pool=pool.scan,
             sizes=sizes,
             trial_S=segments.trial_S,
+            is_stepwise=segments.is_stepwise,
         )
         return out.to(zxbcdt_TD.dtype)
     outputs = []
@@ -155,11 +158,12 @@ class _MambaCore(torch.autograd.Function):
         D: torch.Tensor,
         document_BL: torch.Tensor | None,
         sizes: ScanSizes,
+        is_stepwise: bool,
     ) -> torch.Tensor:
         work = _work_dtype(zxbcdt)
         if compiled.scan_usable(zxbcdt, sizes):
             weights = ScanWeights(conv_weight, conv_bias, dt_bias, A_log, D)
-            return _forward_compiled(ctx, zxbcdt, weights, document_BL, sizes)
+            return _forward_compiled(ctx, zxbcdt, weights, document_BL, sizes, is_stepwise=is_stepwise)
         z, xbc, dt_raw = _split(zxbcdt, sizes)
         pre = convolve(xbc, conv_weight.to(work), conv_bias.to(work), document_BL=document_BL)
         dt = F.softplus(dt_raw.to(work) + dt_bias.to(work))
@@ -213,6 +217,7 @@ class _MambaCore(torch.autograd.Function):
             grads.D.to(D.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -222,20 +227,26 @@ def _forward_compiled(
     weights: ScanWeights,
     document_BL: torch.Tensor | None,
     sizes: ScanSizes,
+    *,
+    is_stepwise: bool,
 ) -> torch.Tensor:
     """The forward pass in `scan.c`."""
     wide = zxbcdt.float().contiguous()
-    _, _, dt_raw = _split(wide, sizes)
-    out, pre, y, states = compiled.scan_forward(
-        wide,
-        conv_weight_CW=weights.conv_weight_CW.float(),
-        conv_bias_C=weights.conv_bias_C.float(),
-        dt_BLH=F.softplus(dt_raw + weights.dt_bias_H.float()).transpose(0, 1).contiguous(),
-        A_H=-torch.exp(weights.A_log_H.float()),
-        D_H=weights.D_H.float(),
-        first_BL=None if document_BL is None else document_starts(document_BL),
-        sizes=sizes,
-    )
+    first_BL = None if document_BL is None else document_starts(document_BL)
+    if is_stepwise:
+        fp32 = ScanWeights(*(weight.float().contiguous() for weight in weights))
+        out, pre, y, states = compiled.scan_steps(wide, fp32, first_BL=first_BL, sizes=sizes)
+    else:
+        out, pre, y, states = compiled.scan_forward(
+            wide,
+            conv_weight_CW=weights.conv_weight_CW.float(),
+            conv_bias_C=weights.conv_bias_C.float(),
+            dt_BLH=F.softplus(_split(wide, sizes)[2] + weights.dt_bias_H.float()).transpose(0, 1).contiguous(),
+            A_H=-torch.exp(weights.A_log_H.float()),
+            D_H=weights.D_H.float(),
+            first_BL=first_BL,
+            sizes=sizes,
+        )
     ctx.save_for_backward(zxbcdt, *weights, document_BL, pre, y, states)
     ctx.sizes, ctx.is_compiled = sizes, True
     return out.to(zxbcdt.dtype)
@@ -272,6 +283,7 @@ def _backward_compiled(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor |
         grad_raw.sum((0, 1)).to(dt_bias.dtype),
         (grad_A * A).to(A_log.dtype),
         grad_D.to(D.dtype),
+        None,
         None,
         None,
     )

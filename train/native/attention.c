@@ -301,9 +301,10 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t D, 
     }
 }
 
-/* The queries q [R, D] of one text and key/value head. scores: scratch of R lines of `line` floats. Writes out [R, D]. */
+/* The queries q [R, D] of one text and key/value head. scores: scratch of R lines of `line` floats. Writes out [R, D], and
+   log_sums [R] if it is not null. */
 INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const void *values, const int32_t *pages, int64_t from,
-                         int64_t to, int64_t group, float *scores, int64_t line, float *out, int bf16) {
+                         int64_t to, int64_t group, float *scores, int64_t line, float *out, float *log_sums, int bf16) {
   const int64_t R = k->heads / k->groups, D = k->width, seen = to - from, stride = k->groups * D;
   for (int64_t key = from, end; key < to; key = end) {
     const int64_t page = key / k->page_tokens, last = (page + 1) * k->page_tokens < to ? (page + 1) * k->page_tokens : to;
@@ -347,7 +348,9 @@ INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const
       store(p + j, e);
       sum += e;
     }
-    weight[r] = 1.0f / sum_of(sum);
+    const float total = sum_of(sum);
+    weight[r] = 1.0f / total;
+    if (log_sums != NULL) log_sums[r] = top + logf(total);
     memset(out + r * D, 0, (size_t)D * 4);
   }
   for (int64_t key = from, end; key < to; key = end) { /* sums of a page, so that rounding does not grow with the number of keys */
@@ -367,9 +370,9 @@ INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const
 
 /* qkv: [texts, G, (R queries, key, value), D], as Megatron's projection gives it. cosine, sine: [positions, D / 2], or null for
    no rotation. texts: a line for each token (begin, 1, tokens before it, slot). Stores the new keys and values in their pages, then
-   writes out [texts, H, D], fp32. */
+   writes out [texts, H, D], fp32, and log_sums [texts, H] if it is not null. */
 INLINE int paged_step(const Paged *k, const void *qkv, const float *cosine, const float *sine, const int32_t *table,
-                      const Segment *texts, void *keys, void *values, float *out, int threads, int bf16) {
+                      const Segment *texts, void *keys, void *values, float *out, float *log_sums, int threads, int bf16) {
   const int64_t R = k->heads / k->groups, D = k->width;
   int failed = 0;
   for (int64_t task = 0; task < k->texts * k->groups; task++) { /* first all keys: a text may have several tokens here */
@@ -398,7 +401,8 @@ INLINE int paged_step(const Paged *k, const void *qkv, const float *cosine, cons
     for (int64_t d = 0; d < R * D; d += LANES) store(memory + d, get(qkv, task * (R + 2) * D + d, bf16));
     if (cosine != NULL)
       for (int64_t r = 0; r < R; r++) rotate(memory + r * D, cosine + own * (D / 2), sine + own * (D / 2), D, bf16);
-    attend_pages(k, memory, keys, values, pages, from, own + 1, group, scores, line, out + task * R * D, bf16);
+    attend_pages(k, memory, keys, values, pages, from, own + 1, group, scores, line, out + task * R * D,
+                 log_sums == NULL ? NULL : log_sums + task * R, bf16);
     free(memory);
   }
   return failed;
@@ -406,9 +410,9 @@ INLINE int paged_step(const Paged *k, const void *qkv, const float *cosine, cons
 
 /* -> 0, or 1 if memory is short. */
 int stratum_paged_step(const Paged *k, const void *qkv, const float *cosine, const float *sine, const int32_t *table,
-                       const Segment *texts, void *keys, void *values, float *out, int threads) {
-  return k->bf16 ? paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, threads, 1)
-                 : paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, threads, 0);
+                       const Segment *texts, void *keys, void *values, float *out, float *log_sums, int threads) {
+  return k->bf16 ? paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, log_sums, threads, 1)
+                 : paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, log_sums, threads, 0);
 }
 
 /* Attention of the texts of a step with any numbers of new tokens, whose keys and values are stored. q, out: [T, H, D], fp32. Keys and

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from train.native.kernels import call, library
+from train.native.kernels import call, library_for
 
 FIELDS = "pairs lines keys width groups per_group queries offset stretches window"
 
@@ -24,8 +24,12 @@ def attention_usable(query: torch.Tensor) -> bool:
     """Whether the compiled attention supports these heads [..., width]: on a CPU, not float64, width a multiple of the lanes."""
     if query.device.type != "cpu" or query.dtype == torch.float64:
         return False
-    kernels = library("attention")
-    return kernels is not None and query.shape[-1] % kernels.stratum_lanes() == 0
+    return _library(query) is not None
+
+
+def _library(x: torch.Tensor) -> ctypes.CDLL | None:
+    """For heads [..., width]."""
+    return library_for("attention", x.shape[-1])
 
 
 TASKS = 16
@@ -43,7 +47,7 @@ def _attention(q: torch.Tensor, k: torch.Tensor, first_key_BQ: torch.Tensor, pla
 
 
 def _turned(k: torch.Tensor, times: int) -> torch.Tensor:
-    kernels = library("attention")
+    kernels = _library(k)
     assert kernels is not None
     block = kernels.stratum_keys()
     return torch.empty(times * k.shape[0] * -(-k.shape[1] // block) * block * k.shape[2])
@@ -55,7 +59,7 @@ def capped_forward(
     """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines]).
 
     Without a cap (plan.softcap 0) the second is the log-sum-exp instead."""
-    kernels = library("attention")
+    kernels = _library(q)
     assert kernels is not None
     out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
     head = _attention(q, k, first_key_BQ, plan)
@@ -74,7 +78,7 @@ def capped_backward(
     plan: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad: gradient of out, divided by the sums if there is a cap; constant: <grad, out>. -> gradients of q, k, v."""
-    kernels = library("attention")
+    kernels = _library(q)
     assert kernels is not None
     head = _attention(q, k, first_key_BQ, plan)
     grad_q = torch.empty_like(q)
@@ -106,18 +110,19 @@ def paged_step(
     window: int | None,
     scale: float,
     softcap: float | None,
+    log_sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate, store and attend for new tokens (`train.model.paged` is the definition), each a line of texts_S4: index, 1, tokens
-    before it in its text, slot. -> [S, H*D] fp32.
+    before it in its text, slot. -> [S, H*D] fp32. log_sums: [S, H] fp32 gets the log-sum-exp of the scores.
 
     qkv: [S, G * (H/G + 2) * D], by key/value head its queries, its key, its value. angles: cosines and sines by position, or None
     for no rotation. `keys` and `values`, [pages, page tokens, G, D], are updated.
     """
     head, out = _paged(qkv, heads, table, keys, window=window, scale=scale, softcap=softcap)
-    kernels = library("attention")
+    kernels = _library(keys)
     assert kernels is not None
     cosine, sine = angles if angles is not None else (None, None)
-    call(kernels.stratum_paged_step, head, qkv, cosine, sine, table, texts_S4, keys, values, out)
+    call(kernels.stratum_paged_step, head, qkv, cosine, sine, table, texts_S4, keys, values, out, log_sums)
     return out
 
 
@@ -135,7 +140,7 @@ def paged_parts(
     """`train.model.paged.paged_attention`. query_THD: fp32, contiguous. -> [T, H*D] fp32."""
     head, out = _paged(query_THD, query_THD.shape[1], table, keys, window=window, scale=scale, softcap=softcap)
     head.texts = len(texts_S4)
-    kernels = library("attention")
+    kernels = _library(keys)
     assert kernels is not None
     call(kernels.stratum_paged_parts, head, query_THD, table, texts_S4, keys, values, out)
     return out

@@ -8,7 +8,7 @@
 
 #include "simd.h"
 
-#define PART 256 /* inputs whose panel (16 KiB in fp32) and rows fit the first cache together */
+#define PART 512 /* inputs of a sum: as in oneDNN, so that products of few and of many rows have the same bits up to 1,024 inputs */
 #if LANES == 16
 #define MOST_ROWS 16 /* rows times panels at once: their sums are registers; AVX-512 has 32 of them, AVX2 16 */
 #else

@@ -13,6 +13,7 @@
 
 typedef struct {
   int64_t rows, length, width, heads, head_dim, state, groups, chunk, splits, parts, taps;
+  int64_t stepwise; /* segments up to this length run token by token: their bits do not depend on how a text is cut into them */
 } Shape;
 
 typedef struct {
@@ -223,8 +224,11 @@ typedef struct {
   int64_t begin, tokens, before, slot;
 } Segment;
 
-/* Segments up to this length run token by token: their bits do not depend on how a text is cut into such segments. */
-enum { STEPWISE = 16 };
+/* Adds dt_bias and applies softplus as torch computes it. */
+static inline float softplus_of(float raw, float bias) {
+  const float x = raw + bias;
+  return x > 20 ? x : log1pf(expf(x));
+}
 
 /* Convolution and dt of one segment; updates the last inputs in its slot, past [taps - 1, C], unless it is a trial.
    weight [taps, C]. */
@@ -241,10 +245,7 @@ static void segment_inputs(const Shape *h, const Sizes *z, const Segment *s, con
       for (int64_t c = 0; c < C; c += LANES) store(to + c, load(to + c) + load(from + c) * load(w + c));
     }
     const float *raw = zxbcdt + (s->begin + l) * h->width + z->inner + C;
-    for (int64_t i = 0; i < h->heads; i++) {
-      const float x = raw[i] + dt_bias[i];
-      dt[(s->begin + l) * h->heads + i] = x > 20 ? x : log1pf(expf(x)); /* softplus as torch computes it */
-    }
+    for (int64_t i = 0; i < h->heads; i++) dt[(s->begin + l) * h->heads + i] = softplus_of(raw[i], dt_bias[i]);
   }
   if (is_trial) return;
   for (int64_t j = 0; j < W - 1; j++) { /* ascending: an input moves to a place that was read already */
@@ -253,9 +254,11 @@ static void segment_inputs(const Shape *h, const Sizes *z, const Segment *s, con
   }
 }
 
-/* One token of the recurrence for the heads of a group. B and C: scratch of N floats. */
+/* One token of the recurrence for the heads of a group: number `token` of pre, dt and y (which may be null), number `line` of
+   zxbcdt and out. B and C: scratch of N floats. */
 static void single_step(const Shape *h, const Sizes *z, const float *zxbcdt, const float *pre, const float *dt, const float *A,
-                        const float *D, int64_t token, int64_t g, float *state, float *out, float *B, float *C) {
+                        const float *D, int64_t token, int64_t line, int64_t g, float *state, float *saved, float *out, float *B,
+                        float *C) {
   const int64_t P = h->head_dim, N = h->state;
   const float *row = pre + token * z->channels;
   for (int64_t n = 0; n < N; n += LANES) {
@@ -276,7 +279,8 @@ static void single_step(const Shape *h, const Sizes *z, const float *zxbcdt, con
         odd += second * C[n + 1];
       }
       const V y = even + odd + x * D[head];
-      store(out + token * z->inner + head * P + p, y * silu_of(load(zxbcdt + token * h->width + head * P + p)));
+      if (saved != NULL) store(saved + token * z->inner + head * P + p, y);
+      store(out + line * z->inner + head * P + p, y * silu_of(load(zxbcdt + line * h->width + head * P + p)));
     }
   }
 }
@@ -305,7 +309,7 @@ int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *ta
     const Segment *s = table + task / (h->groups * h->splits);
     const int64_t g = task / h->splits % h->groups, split = task % h->splits;
     float *state = scan + s->slot * states, *copy = NULL, both[2 * N];
-    if (s->tokens <= STEPWISE && split > 0) continue;
+    if (s->tokens <= h->stepwise && split > 0) continue;
     if (trial != NULL && trial[s - table]) { /* works on a copy of the group's states */
       const int64_t first = g * z.per_group * N * P;
       copy = aligned_alloc(64, (size_t)(states + 15) / 16 * 64);
@@ -313,9 +317,9 @@ int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *ta
       memcpy(copy + first, state + first, (size_t)(z.per_group * N * P) * 4);
       state = copy;
     }
-    if (s->tokens <= STEPWISE) {
+    if (s->tokens <= h->stepwise) {
       for (int64_t l = 0; l < s->tokens; l++)
-        single_step(h, &z, zxbcdt, pre, dt, A, D, s->begin + l, g, state, out, both, both + N);
+        single_step(h, &z, zxbcdt, pre, dt, A, D, s->begin + l, s->begin + l, g, state, NULL, out, both, both + N);
       free(copy);
       continue;
     }
@@ -325,6 +329,35 @@ int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *ta
                   y + s->begin * z.inner, out + s->begin * z.inner, NULL, state, 0, g, split))
       failed = 1;
     free(copy);
+  }
+  return failed;
+}
+
+/* stratum_scan_forward token by token: the numbers are those of stratum_scan_segments for single tokens, bit by bit. Computes dt
+   [B, L, H] and A too, as that function does. */
+int stratum_scan_steps(const Shape *h, const float *zxbcdt, const float *pre, const float *dt_bias, const float *A_log, const float *D,
+                       const int64_t *first, float *dt, float *y, float *out, float *states, int threads) {
+  const Sizes z = sizes_of(h);
+  const int64_t N = h->state, floats = N * h->head_dim, L = h->length;
+  float A[h->heads];
+  for (int64_t i = 0; i < h->heads; i++) A[i] = -expf(A_log[i]);
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < h->rows * h->groups; task++) {
+    const int64_t b = task / h->groups, g = task % h->groups, own = g * z.per_group;
+    float *state = aligned_alloc(64, (size_t)(h->heads * floats + 15) / 16 * 64), both[2 * N];
+    if (state == NULL) { failed = 1; continue; }
+    memset(state + own * floats, 0, (size_t)(z.per_group * floats) * 4);
+    for (int64_t l = 0; l < L; l++) {
+      const int64_t token = b * L + l, line = l * h->rows + b;
+      const float *raw = zxbcdt + line * h->width + z.inner + z.channels;
+      if (l % h->chunk == 0)
+        memcpy(states + ((b * z.chunks + l / h->chunk) * h->heads + own) * floats, state + own * floats, (size_t)(z.per_group * floats) * 4);
+      if (first != NULL && first[token] == l) memset(state + own * floats, 0, (size_t)(z.per_group * floats) * 4);
+      for (int64_t i = own; i < own + z.per_group; i++) dt[token * h->heads + i] = softplus_of(raw[i], dt_bias[i]);
+      single_step(h, &z, zxbcdt, pre, dt, A, D, token, line, g, state, y, out, both, both + N);
+    }
+    free(state);
   }
   return failed;
 }

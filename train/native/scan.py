@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from train.native.kernels import call, library
+from train.native.kernels import call, library_for
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,24 @@ class Shape(ctypes.Structure):
             "splits",
             "parts",
             "taps",
+            "stepwise",
         ]
     ]
+
+
+STEPWISE_TOKENS = 16
+"""New tokens of a text up to here run token by token, so that a text has the same bits however it is cut into such steps."""
 
 
 def scan_usable(zxbcdt: torch.Tensor, sizes: ScanSizes) -> bool:
     """Whether the compiled scan supports this input: on a CPU, not float64, widths that are multiples of the lanes."""
     if zxbcdt.device.type != "cpu" or zxbcdt.dtype == torch.float64:
         return False
-    kernels = library("scan")
-    return kernels is not None and not (
-        sizes.head_dim % kernels.stratum_lanes() or sizes.state % kernels.stratum_lanes()
-    )
+    return _library(sizes) is not None
+
+
+def _library(sizes: ScanSizes) -> ctypes.CDLL | None:
+    return library_for("scan", sizes.head_dim, sizes.state)
 
 
 MOST_PARTS = 8
@@ -104,7 +110,7 @@ def scan_forward(
     sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Convolution, scan and gate. All fp32 and contiguous. -> (out [L, B, HP], pre [B, L, C], y [B, L, HP], states)."""
-    kernels = library("scan")
+    kernels = _library(sizes)
     assert kernels is not None
     length, rows, _ = zxbcdt_LBD.shape
     shape = scan_shape(zxbcdt_LBD, sizes, conv_weight_CW.shape[1])
@@ -115,6 +121,27 @@ def scan_forward(
     weight_WC = conv_weight_CW.t().contiguous()
     call(kernels.stratum_conv_forward, shape, zxbcdt_LBD, weight_WC, conv_bias_C, first_BL, pre)
     call(kernels.stratum_scan_forward, shape, zxbcdt_LBD, pre, dt_BLH, A_H, D_H, first_BL, y, out, states)
+    return out, pre, y, states
+
+
+def scan_steps(
+    zxbcdt_LBD: torch.Tensor, weights: ScanWeights, *, first_BL: torch.Tensor | None, sizes: ScanSizes
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`scan_forward` token by token: bit by bit what `scan_segments` gives the tokens of a text one at a time."""
+    kernels = _library(sizes)
+    assert kernels is not None
+    length, rows, _ = zxbcdt_LBD.shape
+    shape = scan_shape(zxbcdt_LBD, sizes, weights.conv_weight_CW.shape[1])
+    pre = torch.empty(rows, length, sizes.conv_channels)
+    dt, y = torch.empty(rows, length, sizes.heads), torch.empty(rows, length, sizes.inner)
+    out = torch.empty(length, rows, sizes.inner)
+    states = torch.empty(rows, -(-length // sizes.chunk), sizes.heads, sizes.state, sizes.head_dim)
+    weight_WC = weights.conv_weight_CW.t().contiguous()
+    call(kernels.stratum_conv_forward, shape, zxbcdt_LBD, weight_WC, weights.conv_bias_C, first_BL, pre)
+    call(
+        kernels.stratum_scan_steps, shape, zxbcdt_LBD, pre, weights.dt_bias_H, weights.A_log_H, weights.D_H, first_BL,
+        dt, y, out, states,
+    )  # fmt: skip
     return out, pre, y, states
 
 
@@ -134,7 +161,7 @@ def scan_backward(
     sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Writes `grad_zxbcdt` except its dt channels. -> gradients of (conv weight [C, W], conv bias, dt [B, L, H], A, D)."""
-    kernels = library("scan")
+    kernels = _library(sizes)
     assert kernels is not None
     length, rows, _ = zxbcdt_LBD.shape
     shape = scan_shape(zxbcdt_LBD, sizes, conv_weight_CW.shape[1])
@@ -175,10 +202,12 @@ def scan_segments(
     scan_pool: torch.Tensor,
     sizes: ScanSizes,
     trial_S: torch.Tensor | None = None,
+    is_stepwise: bool = False,
 ) -> torch.Tensor:
     """Convolution, scan and gate of the texts of a step of inference, which update their slots. All fp32 and contiguous; table:
-    (begin, tokens, tokens before, slot) of each text; trial_S: 1 for a text that leaves its slot as it is. -> [T, HP]."""
-    kernels = library("scan")
+    (begin, tokens, tokens before, slot) of each text; trial_S: 1 for a text that leaves its slot as it is; is_stepwise: token by
+    token for texts of any length. -> [T, HP]."""
+    kernels = _library(sizes)
     assert kernels is not None
     tokens, width = zxbcdt_TD.shape
     taps = weights.conv_weight_CW.shape[1]
@@ -189,6 +218,7 @@ def scan_segments(
     head = Shape(
         rows=texts, length=tokens, width=width, heads=sizes.heads, head_dim=sizes.head_dim, state=sizes.state,
         groups=sizes.groups, chunk=sizes.chunk, splits=splits, parts=splits, taps=taps,
+        stepwise=tokens if is_stepwise else STEPWISE_TOKENS,
     )  # fmt: skip
     out = torch.empty(tokens, sizes.inner)
     scratch = torch.empty(taps * sizes.conv_channels + tokens * (sizes.conv_channels + sizes.heads + sizes.inner))

@@ -56,6 +56,8 @@ class Mesh:
     """All ranks, over gloo, for saves in the background; None for a world of one."""
     watching: dist.ProcessGroup | None = None
     """All ranks, over gloo, to exchange flags such as signals during training: it never waits for a GPU's stream."""
+    copying: dist.ProcessGroup | None = None
+    """All ranks, over gloo, for copies of the state in memory; None without them."""
     teacher: TeacherGroups | None = None
     """None without a teacher, and on ranks of earlier pipeline stages."""
 
@@ -150,9 +152,11 @@ def open_mesh(
     seed: int,
     timeout_s: float,
     teacher_tensor: int | None = None,
+    memory_copies: bool = False,
 ) -> Mesh:
     """Join the world and build the groups of `layout`. Collective over the world; undone by `close_mesh`.
 
+    memory_copies: whether the run copies its state into memory (`Mesh.copying`).
     teacher_tensor: tensor degree of a teacher on the last pipeline stage; None: no teacher. Raises RecipeError if that
     degree does not fit the layout.
     """
@@ -170,6 +174,8 @@ def open_mesh(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=device.type == "cuda",
     )
@@ -178,12 +184,20 @@ def open_mesh(
     seed_random_state(seed)
     saving = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
     watching = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
+    copying = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 and memory_copies else None
     teacher = None
     if teacher_tensor is not None:
         teacher = _teacher_groups(layout, rank, tensor=teacher_tensor, timeout=timeout)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(
-        layout=layout, rank=rank, device=device, groups=groups, saving=saving, watching=watching, teacher=teacher
+        layout=layout,
+        rank=rank,
+        device=device,
+        groups=groups,
+        saving=saving,
+        watching=watching,
+        copying=copying,
+        teacher=teacher,
     )
 
 

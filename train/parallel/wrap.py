@@ -49,10 +49,24 @@ def wrap_chunks(
     return wrapped
 
 
-def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+class Reduction:
+    """The sum of the gradients over the data-parallel ranks at the end of a step's backward pass."""
+
+    def __init__(self) -> None:
+        self.before: Callable[[], None] | None = None
+        """Called when this rank's own gradients are complete; until then it has waited for no data-parallel rank."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        if self.before is not None:
+            self.before()
+        finalize_model_grads(*arguments, **named)
+
+
+def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> Reduction:
     """Set the functions by which Megatron's schedules finish gradients and delay their reduction."""
     config = chunks[0].module.config
-    config.finalize_model_grads_func = finalize_model_grads
+    reduction = Reduction()
+    config.finalize_model_grads_func = reduction
     config.grad_scale_func = optimizer.scale_loss
     if chunks[0].ddp_config.overlap_grad_reduce:
         contexts = [chunk.no_sync for chunk in chunks]
@@ -63,6 +77,7 @@ def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer)
     if chunks[0].ddp_config.overlap_param_gather:
         gathers = [chunk.start_param_sync for chunk in chunks]
         config.param_sync_func = gathers if len(chunks) > 1 else gathers[0]
+    return reduction
 
 
 def _spare_collectives_with_oneself() -> None:

@@ -15,7 +15,7 @@ the number of data shards: gradient scales are stored for one shard.
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,22 @@ from megatron.core.tensor_parallel.mappings import (
 
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
-from recipes.schema.scaling import Operand, Orientation, Scaling, active_scaling, low_precision_linears, scaling_of
+from recipes.schema.scaling import (
+    LINEARS,
+    Operand,
+    Orientation,
+    Scaling,
+    active_scaling,
+    low_precision_linears,
+    scaling_of,
+)
 from train.native.gemm import multiply
 from train.precision import health
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
+
+ROWS = 32
+"""Rows of an expert are filled up to a multiple of this: Transformer Engine needs it for MXFP8, the rotation of NVFP4 needs 16."""
 
 OPERANDS = ("input", "weight", "grad")
 """Columns of the delayed-scaling state."""
@@ -44,6 +55,8 @@ class LowPrecisionLinear:
     layer: int
     name: str
     module: torch.nn.Module
+    expert: int | None = None
+    """Index in the layer, if the module has the matrices of several experts (`train.model.grouped_linear`)."""
     scaling: Scaling | None = None
     """Scaling of the current step; None: high precision."""
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -163,7 +176,13 @@ def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionCon
                 module.register_buffer("low_precision_scale", scale)
                 module.register_buffer("low_precision_history", history)
             module.register_buffer("low_precision_off", torch.zeros(1, device=device))
-            module.low_precision = linear
+            if name in LINEARS["E"]:
+                module.low_precision = [
+                    replace(linear, expert=module.first_expert + local) for local in range(module.experts)
+                ]
+                module._forward_impl = _grouped_product_of(module.low_precision, module._forward_impl)
+                continue
+            module.low_precision = [linear]
             module._forward_impl = _product_of(linear, module._forward_impl)
 
 
@@ -187,6 +206,26 @@ def _product_of(linear: LowPrecisionLinear, plain: Callable[..., torch.Tensor]) 
     return product
 
 
+def _grouped_product_of(
+    linears: list[LowPrecisionLinear], plain: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """The same for the experts of a rank: each expert's rows are quantised by themselves, filled up with zeros to `ROWS`."""
+
+    def product(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        if linears[0].scaling is None:
+            return plain(x, weight, counts)
+        outputs = []
+        for linear, rows, matrix in zip(linears, x.split(counts), weight, strict=True):
+            count = len(rows)
+            if not count:
+                linear.sums = None  # an error of nothing is not measured
+            padded = torch.nn.functional.pad(rows, (0, 0, 0, -count % ROWS if count else ROWS))
+            outputs.append(_Product.apply(padded, matrix, linear, torch.is_grad_enabled())[:count])
+        return torch.cat(outputs)
+
+    return product
+
+
 class EmulatedPrecision:
     """PrecisionControl of this rank's linear layers that `equip` changed; without such layers it does nothing."""
 
@@ -198,7 +237,7 @@ class EmulatedPrecision:
         seed: seed of stochastic rounding, different on every rank.
         """
         parts = [part for chunk in chunks for part in chunk.modules()]
-        self.linears = [part.low_precision for part in parts if hasattr(part, "low_precision")]
+        self.linears: list[LowPrecisionLinear] = [one for part in parts for one in getattr(part, "low_precision", ())]
         self.precision = precision
         self.amax_group = amax_group
         self.shards = shards
@@ -217,7 +256,8 @@ class EmulatedPrecision:
                 input, weight, grad = linear.module.low_precision_scale.tolist()
                 linear.scales = (input, weight, grad / self.shards)
             linear.amaxes = [0.0, 0.0, 0.0]
-            linear.seed = zlib.crc32(f"{self.seed} {step} {linear.layer} {linear.name}".encode())
+            place = linear.name if linear.expert is None else f"{linear.name} {linear.expert}"
+            linear.seed = zlib.crc32(f"{self.seed} {step} {linear.layer} {place}".encode())
             linear.backwards = 0
             linear.weight_cache = None
             linear.sums = {} if measure else None
@@ -245,19 +285,19 @@ class EmulatedPrecision:
     def apply_state(self) -> None: ...
 
     def health(self) -> list[Reading]:
-        mine = {
-            (linear.layer, linear.name, operand): (sums, linear.operand(operand))
+        mine = [
+            ((linear.layer, linear.name, operand), (sums, linear.operand(operand)))
             for linear in self.linears
             if linear.sums and linear.scaling is not None
             for operand, sums in linear.sums.items()
-        }
+        ]
         ranks: list[Any] = [mine]
         if dist.is_initialized() and dist.get_world_size() > 1:
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
         readings = []
-        for key in sorted({key for rank in ranks for key in rank}):
-            found = [rank[key] for rank in ranks if key in rank]
+        for key in sorted({key for rank in ranks for key, _ in rank}):
+            found = [each for rank in ranks for place, each in rank if place == key]
             layer, name, operand = key
             readings.append(
                 health.reading(

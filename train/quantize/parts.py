@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import layer_kinds
+from recipes.schema.pattern import GATED, layer_kinds
 from recipes.schema.scaling import LINEARS
 from train.hf.mapping import Family, Pair, pairs, to_ours, to_theirs
 
@@ -56,7 +56,7 @@ def linears(model: ModelConfig, family: Family) -> list[Linear]:
 
 def linears_of_any(model: ModelConfig) -> list[Linear]:
     """The same for a model of no family: each kind of layer is split as in the family that has it."""
-    gated = model.activation in ("swiglu", "geglu")
+    gated = model.activation in GATED
     family_of_kind: dict[str, Family] = {"M": "nemotron_h", "-": "gemma2" if gated else "nemotron_h"}
     of_kind = {
         kind: linears(replace(model, pattern=kind), family_of_kind.get(kind, "gemma2"))

@@ -1,23 +1,21 @@
-"""Displays of a run, in addition to metrics.jsonl: terminal, TensorBoard, Weights & Biases."""
+"""Displays of a run on this machine, in addition to metrics.jsonl: terminal and TensorBoard."""
 
 import errno
 import math
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from data.system.console import bars, open_console
 from recipes.schema import units
-from recipes.schema.credentials import without_credentials
 from recipes.schema.foreign import printable_lines
 from recipes.schema.run_folder import Line
-from recipes.schema.telemetry import TelemetryConfig
+from train.record.trackers.rows import scalars_of
 
 _ELAPSED, _LEFT = "0:00:00", "9 d 00:00:00 left"
 """The widest texts of the bar's clocks."""
@@ -49,6 +47,8 @@ class Screen:
         self._first = first_step
         self._started: float | None = None
         self._precision_at = precision_at
+        self._reward: float | None = None
+        """Mean reward of the newest batch of answers; None if the objective has none."""
         self._live = live and self._console.is_terminal
         step = f"{total_steps}/{total_steps}"
         room = max(len("loss 8.8523"), self._console.width - len(f"evaluating  {step}  {_ELAPSED} {_LEFT}") - 1)
@@ -83,6 +83,8 @@ class Screen:
 
     def write(self, lines: list[Line]) -> None:
         for line in lines:
+            if line["kind"] == "rollouts":
+                self._reward = self._reward if line["reward_mean"] is None else line["reward_mean"]
             if line["kind"] != "step" and (text := self._event_text(line)):
                 self._say(text)
         steps = [line for line in lines if line["kind"] == "step"]
@@ -91,6 +93,8 @@ class Screen:
         last = steps[-1]
         speed = len(steps) / sum(1 / line["tokens_per_s"] for line in steps)
         numbers = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s"
+        if self._reward is not None:
+            numbers = f"reward {self._reward:.3f}  KL {last['loss_parts']['kl']:.4f}  {numbers}"
         if "mfu" in last:
             numbers += f"  MFU {100 * last['mfu'] * speed / last['tokens_per_s']:.0f} %"
         if precision := self._precision_at(last["tokens"]):
@@ -162,73 +166,12 @@ class TensorBoard:
 
     def write(self, lines: list[Line]) -> None:
         for line in lines:
-            for name, value in _scalars(line).items():
+            for name, value in scalars_of(line).items():
                 self._writer.add_scalar(name, value, line["step"])
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
-
-
-class WeightsAndBiases:
-    """The same scalars at Weights & Biases. A run folder is one run there, even if it is resumed several times."""
-
-    name = "Weights & Biases"
-
-    def __init__(self, folder: Path, config: TelemetryConfig, recipe: dict[str, Any]) -> None:
-        import wandb  # optional package
-
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12])
-        sys.argv = [without_credentials(word) for word in sys.argv]  # W&B stores the command line
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=folder.name,
-            dir=str(folder),
-            mode=config.wandb,
-            config=recipe,
-            id=identity.read_text().strip(),
-            resume="allow" if config.wandb == "online" else None,
-            # Never prompt on the terminal, never wait without a limit, and do not capture our output.
-            settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=30, finish_timeout=60),
-        )
-        # W&B rejects log calls whose own step decreases; with our step as the x axis, repeated steps are drawn.
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, lines: list[Line]) -> None:
-        for line in lines:
-            if scalars := _scalars(line):
-                self._run.log({**scalars, "step": line["step"]})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _scalars(line: Line) -> dict[str, float]:
-    """The numbers of a line to draw as curves, by name."""
-    match line["kind"]:
-        case "step":
-            names = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "step_s", "mfu", "memory_bytes")
-            seconds = {f"seconds/{name}": value for name, value in line["seconds"].items()}
-            return {f"train/{name}": line[name] for name in names if name in line} | seconds
-        case "evaluation":
-            return {f"heldout_bits_per_byte/{name}": value for name, value in line["bits_per_byte"].items()}
-        case "tasks":
-            return {
-                f"tasks/{task}/{name}": metric["value"]
-                for task, entry in line["tasks"].items()
-                for name, metric in entry["metrics"].items()
-            }
-        case "precision":
-            lowest: dict[str, float] = {}
-            for reading in line["readings"]:
-                if reading["snr_db"] is not None:
-                    name = f"precision/lowest_snr_db/{reading['operand']}"
-                    lowest[name] = min(reading["snr_db"], lowest.get(name, math.inf))
-            return lowest
-        case _:
-            return {}
 
 
 def _whole(widest: str) -> Column:

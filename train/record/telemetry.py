@@ -1,4 +1,4 @@
-"""Records a run in metrics.jsonl and shows it in the progress bar, TensorBoard and Weights & Biases.
+"""Records a run in metrics.jsonl, and shows it in the progress bar, TensorBoard and trackers.
 
 Losses stay on the device in a buffer of one logging interval. `flush` sums the buffer over the ranks once and writes one
 line per step. Everything else is made from metrics.jsonl:
@@ -10,6 +10,7 @@ line per step. Everything else is made from metrics.jsonl:
     {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
     {"kind": "skip" | "rollback", "step": 12, "reason": ..., "loss": ..., "grad_norm": ..., "documents": [...], ...}
+    {"kind": "experts", "step": 20, "layers": [{"layer": 1, "load_max": 1.3, "entropy": 0.98, "dropped": 0.0, ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
     {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}
     {"kind": "start" | "resume" | "audit" | "warning" | ..., "step": ..., ...}
@@ -31,11 +32,14 @@ from typing import Any
 
 import torch
 
+from recipes.schema.credentials import without_credentials
+from recipes.schema.errors import StratumError
 from recipes.schema.run_folder import METRICS, Line
 from recipes.schema.telemetry import TelemetryConfig
-from train.record.displays import Display, Screen, TensorBoard, WeightsAndBiases
+from train.record.displays import Display, Screen, TensorBoard
 from train.record.machine import describe_machine, peak_memory_bytes
 from train.record.metrics import JsonLines
+from train.record.trackers.build import follow, trackers
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Telemetry:
         flops_per_token: float,
         peak_flops: float | None,
         recipe_dict: dict[str, Any],
+        data_hash: str = "",
         loss_parts: tuple[str, ...] = (),
         kernels: str = "",
         precision_at: Callable[[int], str] = lambda tokens: "",
@@ -65,8 +70,8 @@ class Telemetry:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
         precision_at: text about the precision of a step that starts after this many tokens.
 
-        first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.kernel_versions`).
-        waits_for_space: see `JsonLines`.
+        first_step: steps already finished. data_hash: identity of the prepared data, for trackers. kernels: which CPU kernels
+        the ranks run (`train.native.kernel_versions`). waits_for_space: see `JsonLines`.
 
         Raises StratumError if metrics.jsonl cannot be written.
         """
@@ -96,8 +101,13 @@ class Telemetry:
         self._displays.append(self._screen)
         if config.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(folder / "tensorboard", first_step))
-        if config.wandb != "off":
-            self._add("Weights & Biases", lambda: WeightsAndBiases(folder, config, recipe_dict))
+        for name, package, make in trackers(config):
+            self._add(
+                name,
+                lambda name=name, package=package, make=make: follow(  # type: ignore[misc]
+                    name, package, make, folder=folder, first_step=first_step, recipe=recipe_dict, data=data_hash
+                ),
+            )
         self._write(
             [
                 {
@@ -202,6 +212,11 @@ class Telemetry:
                 + ("; their layers continue in high precision" if policy == "high_precision" else "")
             )
 
+    def experts(self, step: int, readings: Sequence[Any]) -> None:
+        """Write what the routers of `E` layers did since the last call (`train.model.experts.LoadReading`)."""
+        if readings:
+            self.event("experts", step=step, layers=[asdict(reading) for reading in readings])
+
     def evaluation(self, step: int, by_source: dict[str, float]) -> None:
         """Write held-out bits per byte by source."""
         self.event("evaluation", step=step, bits_per_byte=by_source)
@@ -281,4 +296,5 @@ class Telemetry:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, StratumError | TimeoutError) else f"{type(error).__name__}: {error}"
+    return without_credentials(text)

@@ -55,12 +55,20 @@ def page(runs: Sequence[ReportedRun]) -> str:
 
 
 def _differences(runs: Sequence[ReportedRun]) -> list[list[str]]:
-    """Rows (field, value in each run) of every recipe field in which a run differs from the first."""
+    """Rows (field, value in each run) of every recipe field in which a run differs from the first. A source of data that not all
+    runs have is one row, with its path."""
     first, others = runs[0], runs[1:]
-    keys: dict[str, list[Any]] = {}
+    sources: list[dict[str, Any]] = [(run.recipe.get("data") or {}).get("sources") or {} for run in runs]
+    names = {name for of_run in sources for name in of_run}
+    partly = {f"data.sources.{name}": name for name in names if not all(name in of_run for of_run in sources)}
+    keys: dict[str, list[Any]] = {
+        key: [of_run[name].get("path") if name in of_run else "no such source" for of_run in sources]
+        for key, name in partly.items()
+    }
     for place, other in enumerate(others, start=1):
         for change in differences(first.recipe, other.recipe):
-            keys.setdefault(change.key, [change.old] * len(runs))[place] = change.new
+            if not any(change.key.startswith(f"{key}.") for key in partly):
+                keys.setdefault(change.key, [change.old] * len(runs))[place] = change.new
     return [[key, *(printable(str(value), most=200) for value in values)] for key, values in sorted(keys.items())]
 
 

@@ -154,7 +154,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
         top.plot(steps, smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
-        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {unit_of(recipe)}")
+        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {unit_of(recipe)}" if unit_of(recipe) else "loss")
         top.tick_params(labelbottom=False)
         below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -260,8 +260,8 @@ def _code_before(text: str, separator: str) -> str:
 
 
 def unit_of(recipe: dict[str, Any]) -> str:
-    """What the training loss is a mean over."""
-    return {"reward": "context", "dpo": "pair"}.get(recipe.get("objective", {}).get("kind", ""), "token")
+    """What the training loss is a mean over, in nats; empty for GRPO, whose loss is not in nats."""
+    return {"reward": "context", "dpo": "pair", "grpo": ""}.get(recipe.get("objective", {}).get("kind", ""), "token")
 
 
 def _loss_change(losses: list[float], *, unit: str) -> str:
@@ -269,7 +269,7 @@ def _loss_change(losses: list[float], *, unit: str) -> str:
     count = min(50, max(1, len(losses) // 10))
     first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
     of = f" (means of the first and last {count} steps)" if count > 1 else ""
-    return f"{first:.4f} -> {last:.4f} nats per {unit}{of}"
+    return f"{first:.4f} -> {last:.4f}{f' nats per {unit}' if unit else ''}{of}"
 
 
 def _loss(recipe: dict[str, Any]) -> str:

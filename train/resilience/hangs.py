@@ -19,9 +19,12 @@ import torch.distributed as dist
 
 _RECORDED = "200"
 """Operations that the recorder keeps: more than a step enqueues between two blocking ones."""
-_HUNG = re.compile(r"timed out|timeout|Connection (closed|reset)", re.IGNORECASE)
+_HUNG = re.compile(r"timed out|timeout", re.IGNORECASE)
+_LOST = re.compile(r"Connection (closed|reset)", re.IGNORECASE)
 _PATIENCE_S = 2.0
 """Time for the other ranks to report where they wait; they time out almost together."""
+_LOST_PATIENCE_S = 0.5
+"""The same if a peer has died, which its neighbours see at once: a restart waits for this."""
 MARK = "hang: "
 """Prefix of the line that names the rank; `launch` shows this line first."""
 
@@ -50,11 +53,13 @@ def hangs_named(*, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if dist.is_initialized() and dist.get_world_size() > 1 and _HUNG.search(str(error)):
+        is_lost = bool(_LOST.search(str(error)))
+        if dist.is_initialized() and dist.get_world_size() > 1 and (is_lost or _HUNG.search(str(error))):
             with contextlib.suppress(Exception):  # a failure here must not hide the original error
                 mine = _waiting()
                 if mine is not None:
-                    error.add_note(MARK + _explain(mine, _exchange(mine), timeout_s=timeout_s))
+                    found = _exchange(mine, patience_s=_LOST_PATIENCE_S if is_lost else _PATIENCE_S)
+                    error.add_note(MARK + _explain(mine, found, timeout_s=timeout_s))
         raise
 
 
@@ -79,15 +84,15 @@ def _waiting() -> Waiting | None:
     )
 
 
-def _exchange(mine: Waiting) -> dict[int, Waiting]:
+def _exchange(mine: Waiting, *, patience_s: float) -> dict[int, Waiting]:
     """The operation in which each rank of the group waits, for ranks that report in time. The store is a thread of rank 0: it
     answers while rank 0 hangs in Python, but not if its process is stopped."""
     store = dist.PrefixStore("stratum-waiting", dist.distributed_c10d._get_default_store())
-    store.set_timeout(timedelta(seconds=_PATIENCE_S))
+    store.set_timeout(timedelta(seconds=patience_s))
     found = {dist.get_rank(): mine}
     with contextlib.suppress(RuntimeError):
         store.set(str(dist.get_rank()), json.dumps(asdict(mine)))
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while (missing := [rank for rank in mine.ranks if rank not in found]) and time.monotonic() < deadline:
             for rank in missing:
                 if store.check([str(rank)]):

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.pattern import GATED, LayerKind
 
 Modules = Literal["reference", "te"]
 LOSS_PART = 1 << 24
 """Number of logits that the loss processes at once on a GPU (`train.model.cross_entropy`)."""
+
+ROUTER_BYTES = 14
+"""Bytes that the router keeps of each token and expert."""
 
 CPU_CHUNK_BYTES = 2 << 20
 GPU_CHUNK_BYTES = 256 << 20
@@ -42,6 +45,7 @@ class Shape:
     tensor: int
     context: int
     split_sequence: bool
+    expert_tensor: int = 1
 
     @property
     def tokens(self) -> int:
@@ -52,6 +56,11 @@ class Shape:
     def share(self) -> float:
         """Tokens of the residual stream on a tensor rank."""
         return self.tokens / (self.tensor if self.split_sequence else 1)
+
+    @property
+    def expert_rows(self) -> float:
+        """Rows in this rank's experts if loads are balanced, with those that expert-tensor ranks process together."""
+        return self.share * self.model.experts.top_k * self.expert_tensor
 
 
 def hidden_bytes(shape: Shape) -> float:
@@ -70,8 +79,9 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
     match kind:
         case "-":
             f = m.ffn / shape.tensor
-            gated = m.activation in ("swiglu", "geglu")
-            kept += tokens * f * ((2 if gated else 1) * e + copy)
+            kept += tokens * f * (_branches(m) * e + copy)
+        case "E":
+            kept += _expert_bytes(shape)
         case "*" | "w":
             kept += _attention_bytes(shape, copy=copy, is_low=is_low and te)
         case "M":
@@ -135,8 +145,10 @@ def distilled_head_workspace(shape: Shape) -> float:
 def layer_workspace(shape: Shape, pattern: str) -> float:
     """Temporary bytes of one layer's backward pass: the gradients of its widest activation and of its input."""
     m = shape.model
+    routed = m.experts.ffn / shape.expert_tensor * shape.expert_rows / shape.tokens * shape.tensor
     widths = {
-        "-": (2 if m.activation in ("swiglu", "geglu") else 1) * m.ffn * 2.0,
+        "-": _branches(m) * m.ffn * 2.0,
+        "E": 2.0 * _branches(m) * max(routed, m.experts.shared_ffn),
         "*": 2.0 * (m.heads + m.kv_heads) * m.head_dim,
         "w": 2.0 * (m.heads + m.kv_heads) * m.head_dim,
         "M": 2.0 * (3 * m.mamba_heads * m.mamba_head_dim + 2 * m.mamba_groups * m.mamba_state),
@@ -144,6 +156,23 @@ def layer_workspace(shape: Shape, pattern: str) -> float:
     widest = max((widths[kind] for kind in pattern), default=0.0)
     gathered = m.hidden if shape.split_sequence else 0
     return shape.size * shape.tokens * (widest / shape.tensor + gathered) + 2 * hidden_bytes(shape)
+
+
+def _branches(model: ModelConfig) -> int:
+    return 2 if model.activation in GATED else 1
+
+
+def _expert_bytes(shape: Shape) -> float:
+    """An `E` layer without its norm: rows sorted by expert, both sides of the activation and outputs of the experts; the same of
+    the shared expert; the router's scores in fp32 (logits, sigmoid and choices of every expert)."""
+    m, e = shape.model, shape.size
+    experts, rows = m.experts, shape.expert_rows
+    width = experts.latent or m.hidden
+    kept = rows * e * (width + (_branches(m) + 1) * experts.ffn / shape.expert_tensor)
+    kept += shape.share * experts.top_k * (e * width + 12)  # outputs, weights, and the token of each
+    kept += shape.share * e * 2 * experts.latent
+    kept += shape.tokens * e * (_branches(m) + 1) * experts.shared_ffn / shape.tensor
+    return kept + shape.share * (ROUTER_BYTES * experts.count + 24 * experts.top_k)
 
 
 def _attention_bytes(shape: Shape, *, copy: int, is_low: bool) -> float:

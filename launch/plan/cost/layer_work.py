@@ -4,11 +4,12 @@ between GPUs. It does not depend on the GPU's speed; `launch.plan.cost.time` tur
 A multiply-add is 2 FLOPs. `tokens` (T below) is the number of tokens of a microbatch on one context rank.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind, visible_keys
-from recipes.schema.scaling import linear_shapes
+from recipes.schema.pattern import GATED, LayerKind, visible_keys
+from recipes.schema.scaling import LINEARS, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Gemm:
     k: int
     is_low: bool
     """Whether it runs in the recipe's low precision."""
+    experts: int = 0
+    """Number of routed experts whose matrices these are: each is multiplied by its part of the m rows, in one kernel. 0: one
+    matrix."""
 
     @property
     def flops(self) -> float:
@@ -47,29 +51,55 @@ class LayerWork:
     exchange_bytes: float = 0.0
     """All-to-all traffic of Mamba layers over the context ranks, forward (backward: the same)."""
     weights: int = 0
-    """Number of weights in matrix products on this rank."""
+    """Number of weights in matrix products on this rank, without those of routed experts."""
+    expert_weights: int = 0
+    """Number of weights of routed experts on this rank."""
+    expert_bytes: float = 0.0
+    """Rows that this rank sends to experts, as bytes: once forward, and as many come back; backward the same."""
+    expert_tensor_bytes: float = 0.0
+    """Rows that the expert-tensor ranks gather before their experts, and scatter after; backward the same."""
 
 
 def layer_work(
-    kind: LayerKind, model: ModelConfig, *, tokens: int, sequence: int, tensor: int, split_sequence: bool, is_low: bool
+    kind: LayerKind,
+    model: ModelConfig,
+    *,
+    tokens: int,
+    sequence: int,
+    tensor: int,
+    expert: int = 1,
+    expert_tensor: int = 1,
+    split_sequence: bool,
+    is_low: bool,
 ) -> LayerWork:
-    """Work of one layer. tokens: T. sequence: tokens of a whole row, which a query can attend to."""
-    names = linear_shapes(model, kind, tensor=tensor)
-    gemms = tuple(Gemm(tokens, out, into, is_low) for out, into in names.values())
+    """Work of one layer. tokens: T. sequence: tokens of a whole row, which a query can attend to.
+
+    Loads of experts are taken as balanced.
+    """
     share = tensor if split_sequence else 1
+    gemms = tuple(_gemms(kind, model, tokens, share, tensor, expert, expert_tensor, is_low))
     # In units of T x hidden: the norm reads one and writes one, the residual sum reads two and writes one. Backward, the norm
     # reads two and writes one, and the sum of gradients reads two and writes one.
     norm = 2.0 * model.hidden * tokens / share
     forward, backward = (7 * norm, 9 * norm) if model.post_norms else (5 * norm, 6 * norm)
-    score_flops = scan_flops = ring = exchange = 0.0
+    score_flops = scan_flops = ring = exchange = exchanged = gathered = 0.0
     match kind:
         case "-":
-            gates = 2 if model.activation in ("swiglu", "geglu") else 1
+            gates = 2 if model.activation in GATED else 1
             inner = 2.0 * model.ffn * tokens / tensor
             forward += (gates + 1) * inner  # reads the branches, writes the product
             backward += (
                 2 * gates + 1
             ) * inner  # reads the branches and one gradient, writes a gradient for each branch
+        case "E":
+            experts = model.experts
+            width, branches = experts.latent or model.hidden, 2 if model.activation in GATED else 1
+            sent = tokens / share * experts.top_k
+            inner = 2.0 * (sent * experts.ffn + tokens * experts.shared_ffn / tensor)
+            rows = 2.0 * sent * width  # sorted by expert, and weighted and summed: each is read and written
+            forward += (branches + 1) * inner + 4 * rows
+            backward += (2 * branches + 1) * inner + 5 * rows
+            exchanged, gathered = rows, rows * expert_tensor
         case "*" | "w":
             query = model.heads * model.head_dim / tensor
             keys = model.kv_heads * model.head_dim / tensor
@@ -106,8 +136,38 @@ def layer_work(
         tensor_collectives=((2, 3) if split_sequence else (2, 2)) if tensor > 1 else (0, 0),
         ring_bytes=ring,
         exchange_bytes=exchange,
-        weights=sum(gemm.n * gemm.k for gemm in gemms),
+        weights=sum(gemm.n * gemm.k for gemm in gemms if not gemm.experts),
+        expert_weights=sum(gemm.n * gemm.k * gemm.experts for gemm in gemms),
+        expert_bytes=exchanged if expert > 1 else 0.0,
+        expert_tensor_bytes=gathered if expert_tensor > 1 else 0.0,
     )
+
+
+def _gemms(
+    kind: LayerKind,
+    model: ModelConfig,
+    tokens: int,
+    share: int,
+    tensor: int,
+    expert: int,
+    expert_tensor: int,
+    is_low: bool,
+) -> Iterator[Gemm]:
+    """The products of one layer on one rank. share: ranks over which the sequence is split."""
+    shapes = linear_shapes(model, kind, tensor=tensor, expert_tensor=expert_tensor)
+    if kind != "E":
+        yield from (Gemm(tokens, out, into, is_low) for out, into in shapes.values())
+        return
+    experts, own = model.experts, -(-tokens // share)
+    for name, (out, into) in shapes.items():
+        if name in LINEARS["E"]:
+            yield Gemm(own * experts.top_k * expert_tensor, out, into, is_low, experts=experts.count // expert)
+        else:
+            yield Gemm(tokens, out, into, is_low)
+    yield Gemm(own, experts.count, model.hidden, False)
+    if experts.latent:
+        yield Gemm(own, experts.latent, model.hidden, False)
+        yield Gemm(own, model.hidden, experts.latent, False)
 
 
 def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:

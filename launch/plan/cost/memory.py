@@ -85,11 +85,12 @@ def optimizer_state(
     layout: Layout,
     stage: int,
     shard: int | None = None,
+    expert_shard: int | None = None,
 ) -> "State":
     """Bytes of weights, gradients and optimizer state of a pipeline rank.
 
-    shard: its index among the data-parallel x context ranks. None: an equal part of each bucket including padding, an upper bound
-    for all ranks.
+    shard, expert_shard: its index among the data-parallel x context ranks, and among the ranks with its experts. None: an equal
+    part of each bucket including padding, an upper bound for all ranks.
     """
     return _state(
         model,
@@ -98,12 +99,20 @@ def optimizer_state(
         overlap=parallel.overlap_grad_reduce,
         stage=stage,
         shard=shard,
+        expert_shard=expert_shard,
     )
 
 
 @lru_cache(maxsize=4096)
 def _state(
-    model: ModelConfig, precision: PrecisionConfig, layout: Layout, *, overlap: bool, stage: int, shard: int | None
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    *,
+    overlap: bool,
+    stage: int,
+    shard: int | None,
+    expert_shard: int | None,
 ) -> "State":
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
@@ -117,6 +126,8 @@ def _state(
             model,
             chunks[chunk],
             tensor=layout.tensor,
+            expert=layout.expert,
+            expert_tensor=layout.expert_tensor,
             is_first=chunk == 0,
             is_last=chunk == len(chunks) - 1,
             stages=layout.pipeline,
@@ -128,9 +139,12 @@ def _state(
             is_first_stage=stage == 0,
             is_first_chunk=index == 0,
         )
-        for buffer in buffers(tensors, all_fp32=size == 4, shards=shards, bucket_numel=bucket):
+        for buffer in buffers(
+            tensors, all_fp32=size == 4, shards=shards, expert_shards=layout.expert_data, bucket_numel=bucket
+        ):
             is_fp32 = buffer.is_fp32
-            own_numel = buffer.numel // shards if shard is None else buffer.shard(shard, shards)
+            rank, ranks = (expert_shard, layout.expert_data) if buffer.is_expert else (shard, shards)
+            own_numel = buffer.numel // ranks if rank is None else buffer.shard(rank, ranks)
             weights += buffer.numel * (4 if is_fp32 else size)
             gradients += buffer.numel * 4
             masters += 0 if is_fp32 else 4 * own_numel
@@ -295,4 +309,5 @@ def _shape(
         tensor=layout.tensor,
         context=layout.context,
         split_sequence=parallel.sequence,
+        expert_tensor=layout.expert_tensor,
     )

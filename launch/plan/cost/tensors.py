@@ -30,6 +30,8 @@ class Tensor:
     """Whether it is the embedding or head of a tied model with several stages; it then has a bucket of its own."""
     is_low: bool = False
     """Whether it is the weight of a linear layer that runs in low precision."""
+    is_expert: bool = False
+    """Whether it is a weight of routed experts, which have buffers of their own and other data-parallel ranks."""
 
 
 def stage_tensors(
@@ -37,6 +39,8 @@ def stage_tensors(
     pattern: str,
     *,
     tensor: int,
+    expert: int = 1,
+    expert_tensor: int = 1,
     is_first: bool,
     is_last: bool,
     stages: int = 1,
@@ -47,7 +51,14 @@ def stage_tensors(
     shared = not model.has_own_head and stages > 1
     found = [Tensor(table, is_shared=shared)] if is_first else []
     for index, kind in enumerate(pattern):
-        found += layer_tensors(model, kind, tensor=tensor, is_low=index in low_layers)  # type: ignore[arg-type]
+        found += layer_tensors(
+            model,
+            kind,  # type: ignore[arg-type]
+            tensor=tensor,
+            expert=expert,
+            expert_tensor=expert_tensor,
+            is_low=index in low_layers,
+        )
     if is_last:
         found.append(Tensor(model.hidden))
         if model.head == "scalar":
@@ -58,9 +69,12 @@ def stage_tensors(
 
 
 @lru_cache(maxsize=256)
-def layer_tensors(model: ModelConfig, kind: LayerKind, *, tensor: int, is_low: bool = False) -> list[Tensor]:
-    """Parameters of one layer on one tensor rank."""
-    column, row = ((out * into) for out, into in linear_shapes(model, kind, tensor=tensor).values())
+def layer_tensors(
+    model: ModelConfig, kind: LayerKind, *, tensor: int, expert: int = 1, expert_tensor: int = 1, is_low: bool = False
+) -> list[Tensor]:
+    """Parameters of one layer on one rank."""
+    shapes = linear_shapes(model, kind, tensor=tensor, expert_tensor=expert_tensor)
+    column, row, *shared = ((out * into) for out, into in shapes.values())
     after = [Tensor(model.hidden)] if model.post_norms else []
     norm = Tensor(model.hidden)
     into, out = Tensor(column, is_low=is_low), Tensor(row, is_low=is_low)
@@ -73,6 +87,12 @@ def layer_tensors(model: ModelConfig, kind: LayerKind, *, tensor: int, is_low: b
             return [Tensor(conv * model.mamba_conv), Tensor(conv), *scan, into, Tensor(inner), out, norm, *after]
         case "-":
             return [norm, into, out, *after]
+        case "E":
+            here = model.experts.count // expert
+            routed = [Tensor(here * one, is_low=is_low, is_expert=True) for one in (column, row)]
+            latent = [Tensor(model.hidden * model.experts.latent)] * (2 if model.experts.latent else 0)
+            router = Tensor(model.experts.count * model.hidden)
+            return [norm, router, *latent, *routed, *(Tensor(one, is_low=is_low) for one in shared), *after]
         case _:
             return [norm, out, into, *after]
 
@@ -82,6 +102,7 @@ class Buffer:
     """The layout of the parameters of one format of one model chunk."""
 
     is_fp32: bool
+    is_expert: bool
     numel: int
     """Elements including padding; the same for weights and fp32 gradients."""
     parameter_ranges: tuple[tuple[int, int], ...]
@@ -99,12 +120,18 @@ class Buffer:
         return total
 
 
-def buffers(tensors: list[Tensor], *, all_fp32: bool, shards: int, bucket_numel: int | None) -> list[Buffer]:
-    """The buffers of a chunk, one for each format. shards: data-parallel x context ranks; bucket_numel: None for one bucket."""
-    groups: dict[bool, list[Tensor]] = {}
+def buffers(
+    tensors: list[Tensor], *, all_fp32: bool, shards: int, expert_shards: int = 1, bucket_numel: int | None
+) -> list[Buffer]:
+    """The buffers of a chunk, one for each format and for experts. shards: data-parallel x context ranks; expert_shards: ranks
+    with the same experts; bucket_numel: None for one bucket."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for one in tensors:
-        groups.setdefault(one.is_fp32 or all_fp32, []).append(one)
-    return [_lay_out(is_fp32, group, shards=shards, bucket_numel=bucket_numel) for is_fp32, group in groups.items()]
+        groups.setdefault((one.is_fp32 or all_fp32, one.is_expert), []).append(one)
+    return [
+        _lay_out(kind, group, shards=expert_shards if kind[1] else shards, bucket_numel=bucket_numel)
+        for kind, group in groups.items()
+    ]
 
 
 def bucket_size(*, data: int, overlap: bool, is_first_stage: bool, is_first_chunk: bool) -> int | None:
@@ -112,7 +139,7 @@ def bucket_size(*, data: int, overlap: bool, is_first_stage: bool, is_first_chun
     return max(40_000_000, 1_000_000 * data) if overlap and is_first_stage and is_first_chunk else None
 
 
-def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel: int | None) -> Buffer:
+def _lay_out(kind: tuple[bool, bool], tensors: list[Tensor], *, shards: int, bucket_numel: int | None) -> Buffer:
     divisor = math.lcm(shards, BUCKET_END)
     parameter_ranges: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
@@ -138,4 +165,4 @@ def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel:
             in_bucket = 0
     if in_bucket:
         close(at)
-    return Buffer(is_fp32, buckets[-1][1], tuple(parameter_ranges), tuple(buckets))
+    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), tuple(buckets))

@@ -101,9 +101,12 @@ def step_time(setting: Setting) -> StepTime:
         # One pair of messages for each microbatch and chunk; about half of it overlaps with products.
         parts["pipeline"] += m * layout.virtual * wire
     parts.add(_data_parallel(setting, slowest))
-    weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
     shards = layout.data * layout.context
-    parts["optimizer"] += OPTIMIZER_BYTES * weights / shards / (setting.device.hbm * setting.efficiency.hbm)
+    owned = max(
+        dense / shards + experts / layout.expert_data
+        for dense, experts in (_rank_weights(setting, stage) for stage in range(layout.pipeline))
+    )
+    parts["optimizer"] += OPTIMIZER_BYTES * owned / (setting.device.hbm * setting.efficiency.hbm)
     nodes = max(1.0, layout.world / setting.device.node)
     parts["jitter"] += sum(parts.values()) * setting.efficiency.jitter * math.log2(nodes)
     return StepTime(seconds=sum(parts.values()), parts=parts, stage_seconds=tuple(sums))
@@ -135,6 +138,8 @@ def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
         tokens=setting.tokens,
         sequence=setting.sequence,
         tensor=setting.layout.tensor,
+        expert=setting.layout.expert,
+        expert_tensor=setting.layout.expert_tensor,
         split_sequence=setting.split_sequence,
         is_low=is_low,
     )
@@ -156,7 +161,7 @@ def _rank_microbatch(setting: Setting, stage: int) -> Parts:
         parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
         parts["teacher"] += setting.teacher_s
     if setting.software.shards != "optimizer":
-        parts.add(_gather_parameters(setting, _rank_weights(setting, stage), sum(parts.values())))
+        parts.add(_gather_parameters(setting, sum(_rank_weights(setting, stage)), sum(parts.values())))
     return parts
 
 
@@ -165,7 +170,7 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     eff, device, software = setting.efficiency, setting.device, setting.software
     memory = device.hbm * eff.hbm
     parts = Parts()
-    name = {"M": "mamba", "*": "attention", "w": "attention", "-": "mlp", "head": "head"}[kind]
+    name = {"M": "mamba", "*": "attention", "w": "attention", "-": "mlp", "E": "experts", "head": "head"}[kind]
     recompute = setting.recompute if kind != "head" else 0.0
 
     forward = sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in work.gemms)
@@ -181,7 +186,9 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     parts["scan"] += 3.5 * scan
     elementwise = work.forward_bytes * software.elementwise / memory
     parts["elementwise"] += elementwise + work.backward_bytes * software.elementwise / memory
-    parts["elementwise"] += 2 * setting.software.gradient_bytes * work.weights / memory  # adding to the gradient sums
+    parts["elementwise"] += (
+        2 * setting.software.gradient_bytes * (work.weights + work.expert_weights) / memory
+    )  # adding to the gradient sums
     cast = sum(_cast_bytes(setting, gemm) for gemm in work.gemms) / memory
     parts["quantise"] += cast
     parts["launch"] += eff.kernel_s * (20 if kind != "head" else 10)
@@ -194,12 +201,15 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
         parts["recompute"] += recompute * exposed * work.tensor_collectives[0]
     if setting.layout.context > 1:
         parts.add(_context(setting, work, scores))
+    exchange = _expert_exchange(setting, work)
+    parts["exchange"] += 2 * exchange
+    parts["recompute"] += recompute * exchange
     parts["recompute"] += recompute * (forward + scores + scan + elementwise + cast / 3)
     return parts
 
 
 def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
-    """Seconds of one matrix product [m, k] x [k, n] of a linear layer."""
+    """Seconds of one matrix product [m, k] x [k, n] of a linear layer; of all its experts, which share the rows gemm.m."""
     eff, device = setting.efficiency, setting.device
     operands: Format = setting.low if gemm.is_low and setting.low is not None else setting.high
     if operands not in device.peak:
@@ -208,10 +218,29 @@ def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
         operands
     ]  # fp4: 4 bits, and an 8-bit scale for 16 numbers
     peak = device.peak[operands] * device.clock * eff.gemm[device.generation][operands] * setting.software.products
-    tiles = max(1.0, m / 128) * max(1.0, n / 256)
-    compute = 2.0 * m * n * k / peak * (1 + eff.tail * device.sms / tiles)
-    traffic = (size * (m * k + k * n) + 2.0 * m * n) / (device.hbm * eff.hbm)
+    matrices = max(1, gemm.experts)
+    rows = gemm.m / matrices  # of one expert: the dim m of its product, or the sum k in the weight gradient
+    m_one, k_one = (rows, k) if m == gemm.m else (m, rows)
+    tiles = matrices * max(1.0, m_one / 128) * max(1.0, n / 256)
+    # A tile that an expert's few rows do not fill takes as long as a full one.
+    filled = 1.0 if not gemm.experts or m != gemm.m else min(1.0, m_one / 128)
+    compute = 2.0 * m * n * k / (peak * filled) * (1 + eff.tail * device.sms / tiles)
+    traffic = matrices * (size * (m_one * k_one + k_one * n) + 2.0 * m_one * n) / (device.hbm * eff.hbm)
     return max(compute, traffic)
+
+
+def _expert_exchange(setting: Setting, work: LayerWork) -> float:
+    """Seconds of sending rows to experts and back, forward. Nothing hides it."""
+    layout, seconds = setting.layout, 0.0
+    if work.expert_bytes:
+        speed = _bandwidth(setting, size=layout.expert, stride=layout.expert_tensor)
+        share = (layout.expert - 1) / layout.expert
+        seconds += 2 * (work.expert_bytes * share / speed + setting.efficiency.hop_s)
+    if work.expert_tensor_bytes:
+        speed = _bandwidth(setting, size=layout.expert_tensor, stride=1)
+        share = (layout.expert_tensor - 1) / layout.expert_tensor
+        seconds += 2 * (work.expert_tensor_bytes * share / speed + setting.efficiency.hop_s)
+    return seconds
 
 
 def _cast_bytes(setting: Setting, gemm: Gemm) -> float:
@@ -252,10 +281,10 @@ def _latency(setting: Setting, *, size: int, stride: int) -> float:
     return setting.efficiency.hop_s * max(1.0, size * stride / setting.device.domain)
 
 
-def _rank_weights(setting: Setting, stage: int) -> float:
-    """Number of weights in matrix products, and of the embedding, on a pipeline rank."""
+def _rank_weights(setting: Setting, stage: int) -> tuple[float, float]:
+    """Number of weights on a pipeline rank: those in matrix products and of the embedding; those of routed experts."""
     layout, model = setting.layout, setting.model
-    total = 0.0
+    total = of_experts = 0.0
     for chunk in range(stage, len(setting.stages), layout.pipeline):
         for kind, count in Counter(setting.stages[chunk]).items():
             work = layer_work(
@@ -264,14 +293,17 @@ def _rank_weights(setting: Setting, stage: int) -> float:
                 tokens=1,
                 sequence=1,
                 tensor=layout.tensor,
+                expert=layout.expert,
+                expert_tensor=layout.expert_tensor,
                 split_sequence=False,
                 is_low=False,
             )
             total += count * work.weights
+            of_experts += count * work.expert_weights
     table = model.vocab * model.hidden / layout.tensor
     head = model.hidden if model.head == "scalar" else table
     first, last = stage == 0, stage == layout.pipeline - 1
-    return total + table * first + head * (last and (model.has_own_head or not first))
+    return total + table * first + head * (last and (model.has_own_head or not first)), of_experts
 
 
 def _data_parallel(setting: Setting, microbatch: float) -> Parts:
@@ -281,7 +313,12 @@ def _data_parallel(setting: Setting, microbatch: float) -> Parts:
     size = layout.data * layout.context
     if size == 1 or software.shards != "optimizer":
         return parts
-    weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
+    # Experts are reduced over fewer ranks; their links are taken as those of the other weights.
+    copies = (layout.expert_data - 1) / layout.expert_data * size / (size - 1)
+    weights = max(
+        dense + experts * copies
+        for dense, experts in (_rank_weights(setting, stage) for stage in range(layout.pipeline))
+    )
     speed = _bandwidth(setting, size=size, stride=layout.tensor)
     latency = _latency(setting, size=size, stride=layout.tensor)
     bucket = max(software.bucket_bytes, software.bucket_bytes_per_rank * layout.data)

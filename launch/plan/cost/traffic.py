@@ -22,9 +22,9 @@ class StepTraffic:
     """One step, averaged over GPUs."""
 
     parts: dict[str, Traffic]
-    """Mamba-2 projections, scan, attention projections, attention scores, MLP, head."""
+    """Mamba-2 projections, scan, attention projections, attention scores, MLP, experts, head."""
     wire_bytes: dict[str, float]
-    """Bytes sent to other GPUs, by axis: tensor, context, pipeline, data."""
+    """Bytes sent to other GPUs, by axis: tensor, context, expert, pipeline, data."""
 
 
 PARTS = {
@@ -32,6 +32,7 @@ PARTS = {
     "*": "attention projections",
     "w": "attention projections",
     "-": "MLP",
+    "E": "experts",
     "head": "head",
 }
 
@@ -39,9 +40,17 @@ PARTS = {
 def step_traffic(setting: Setting) -> StepTraffic:
     """Count one step. A product reads its operands once and writes its result once."""
     layout = setting.layout
-    names = ("Mamba-2 projections", "Mamba-2 scan", "attention projections", "attention scores", "MLP", "head")
+    names = (
+        "Mamba-2 projections",
+        "Mamba-2 scan",
+        "attention projections",
+        "attention scores",
+        "MLP",
+        "experts",
+        "head",
+    )
     parts = {name: Traffic() for name in names}
-    wire = dict.fromkeys(("tensor", "context", "pipeline", "data"), 0.0)
+    wire = dict.fromkeys(("tensor", "context", "expert", "pipeline", "data"), 0.0)
     per_rank = layout.microbatches_per_step / layout.pipeline  # microbatches, averaged over stages
     for kind, count in Counter("".join(setting.stages)).items():
         work = layer_work(
@@ -50,6 +59,8 @@ def step_traffic(setting: Setting) -> StepTraffic:
             tokens=setting.tokens,
             sequence=setting.sequence,
             tensor=layout.tensor,
+            expert=layout.expert,
+            expert_tensor=layout.expert_tensor,
             split_sequence=setting.split_sequence,
             is_low=False,
         )
@@ -67,10 +78,13 @@ def step_traffic(setting: Setting) -> StepTraffic:
     shards = layout.data * layout.context
     table = setting.model.vocab * setting.model.hidden / layout.tensor
     own_head = setting.model.hidden if setting.model.head == "scalar" else table
-    weights = table + own_head * setting.model.has_own_head
+    weights, of_experts = table + own_head * setting.model.has_own_head, 0.0
     for kind, count in Counter("".join(setting.stages)).items():
-        weights += count * _weights(setting, kind)
+        work = _weights(setting, kind)
+        weights += count * work.weights
+        of_experts += count * work.expert_weights
     wire["data"] += 6.0 * weights / layout.pipeline * (shards - 1) / shards
+    wire["data"] += 6.0 * of_experts / layout.pipeline * (layout.expert_data - 1) / layout.expert_data
     if layout.pipeline > 1:
         hop = 2.0 * setting.tokens * setting.model.hidden / (layout.tensor if setting.split_sequence else 1)
         hops = layout.pipeline * layout.virtual - 1
@@ -78,24 +92,27 @@ def step_traffic(setting: Setting) -> StepTraffic:
     return StepTraffic(parts=parts, wire_bytes=wire)
 
 
-def _weights(setting: Setting, kind: str) -> int:
-    """Weights of one layer's products on a tensor rank."""
-    work = layer_work(
+def _weights(setting: Setting, kind: str) -> LayerWork:
+    """One layer on one rank, for the number of its weights."""
+    return layer_work(
         kind,  # type: ignore[arg-type]
         setting.model,
         tokens=1,
         sequence=1,
         tensor=setting.layout.tensor,
+        expert=setting.layout.expert,
+        expert_tensor=setting.layout.expert_tensor,
         split_sequence=False,
         is_low=False,
     )
-    return work.weights
 
 
 def _products(part: Traffic, work: LayerWork, times: float, recompute: float) -> None:
     """Add a layer's products and elementwise work. Backward has two products for each forward one."""
     part.flops += times * (3 + recompute) * sum(gemm.flops for gemm in work.gemms)
-    once = sum(2.0 * (gemm.m * gemm.k + gemm.k * gemm.n + gemm.m * gemm.n) for gemm in work.gemms)
+    once = sum(
+        2.0 * (gemm.m * gemm.k + max(1, gemm.experts) * gemm.k * gemm.n + gemm.m * gemm.n) for gemm in work.gemms
+    )
     part.memory_bytes += times * ((3 + recompute) * once + (1 + recompute) * work.forward_bytes + work.backward_bytes)
 
 
@@ -107,4 +124,8 @@ def _wire(setting: Setting, wire: dict[str, float], work: LayerWork, times: floa
         times * ((1 + recompute) * forward + backward) * work.tensor_bytes * (layout.tensor - 1) / layout.tensor
     )
     ring_steps = layout.context - 1
+    passes = 4 + 2 * recompute  # there and back, forward and backward
+    experts, parts = layout.expert, layout.expert_tensor
+    wire["expert"] += times * passes * work.expert_bytes * (experts - 1) / experts
+    wire["expert"] += times * passes * work.expert_tensor_bytes * (parts - 1) / parts
     wire["context"] += times * ring_steps * (3 * work.ring_bytes + 2 * work.exchange_bytes / layout.context)

@@ -35,7 +35,7 @@ def opened(path: str, *, most_tokens: int = 64, seed: int = 1) -> PromptSet:
         ({"prompt": 3, "verifier": VERIFIER}, "no text under 'prompt'"),
         ({"messages": [user("a"), assistant("b")], "verifier": VERIFIER}, "ends with an answer"),
         ({"messages": [user("a"), user("b")], "verifier": VERIFIER}, "out of order"),
-        ({"messages": [], "verifier": VERIFIER}, "not a list"),
+        ({"messages": [], "verifier": VERIFIER}, "an empty list of messages"),
         ({"prompt": "a", "verifier": "number"}, "no mapping under 'verifier'"),
         ({"prompt": "a", "verifier": VERIFIER, "facts": 3}, "facts that are not a mapping"),
         ({"prompt": "a", "verifier": VERIFIER, "target": "1", "facts": {"target": "2"}}, "'target' both"),
@@ -108,5 +108,5 @@ def test_no_prompts_and_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("x")
     with pytest.raises(DataError, match="is not jsonl"):
         read_prompts([str(tmp_path / "p.txt")])
-    with pytest.raises(DataError, match="no file there"):
+    with pytest.raises(DataError, match=r"^objective\.grpo\.prompts=\S+: no file there"):
         read_prompts([str(tmp_path / "none.jsonl")])

@@ -13,12 +13,17 @@ from teachers import save_teacher, student_of
 from tiny import engine_of, microbatches, recipe_with
 
 from launch.plan.cost.memory import optimizer_state, stage_activations
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
 from train.build import check
 from train.record.stopwatch import Stopwatch
 from train.step import train_step
 
+MIXED: dict[str, Any] = {
+    "model.pattern": "ME*E",
+    "model.experts": ExpertsConfig(count=8, top_k=2, ffn=64, shared_ffn=64, latent=32),
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "one bf16": (1, {"precision.params": "bf16", "run.microbatch_rows": 2}),
@@ -62,6 +67,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True, "precision.params": "bf16"},
     ),
+    "experts": (1, MIXED),
+    "experts gated bf16": (1, {**MIXED, "precision.params": "bf16", "model.activation": "swiglu"}),
+    "dp2 ep2": (2, {**MIXED, "parallel.expert": 2}),
+    "tp2 sp ep2 etp2 dp2": (
+        4,
+        {**MIXED, "parallel.tensor": 2, "parallel.sequence": True, "parallel.expert": 2, "parallel.expert_tensor": 2},
+    ),
+    "dp4 ep2 bf16 overlapped": (
+        4,
+        {**MIXED, "parallel.expert": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True},
+    ),
     "cp2 dp2": (4, {"parallel.context": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True}),
 }
 
@@ -84,7 +100,7 @@ def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
             if recipe.model.head == "scalar":
                 rows = [drawn_rows(0, batch.positions) for batch in rows]
             train_step(engine, rows, step=0, learning_rate=1e-3, watch=Stopwatch())
-        built = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
+        built = [b for chunk in engine.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         parts = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
         moments = [state for part in parts for state in part.optimizer.state.values()]
         masters = [one for part in parts for group in part.shard_fp32_from_float16_groups for one in group]
@@ -112,7 +128,9 @@ def test_predicted_bytes_are_the_built_models(name: str, teacher: Path) -> None:
         common: dict[str, Any] = {"parallel": recipe.parallel, "precision": recipe.precision, "layout": layout}
         # Megatron counts shards with the data axis fastest within context? The group's own order decides.
         shard = place.data * layout.context + place.context
-        state = optimizer_state(recipe.model, **common, stage=place.pipeline, shard=shard)
+        in_stage = rank % (world // layout.pipeline)
+        copy = in_stage // (layout.expert * layout.expert_tensor)
+        state = optimizer_state(recipe.model, **common, stage=place.pipeline, shard=shard, expert_shard=copy)
         for what in ("weights", "gradients", "masters", "moments"):
             assert getattr(state, what) == found[what], (rank, what)
         kept, _ = stage_activations(

@@ -28,17 +28,64 @@ def prompt(verifier: dict[str, Any] | None, **facts: Any) -> Prompt:
     [
         ({"kind": "numbr"}, DataError, "p.jsonl line 3: kind='numbr' is not a verifier. Did you mean number"),
         (None, DataError, "p.jsonl line 3: the prompt has no verifier"),
+        ({"kind": "exact"}, DataError, "p.jsonl line 3: the record's 'target' is NoneType, not str"),
+        ({"kind": "number"}, DataError, "p.jsonl line 3: the record's 'target' is NoneType"),
+        ({"kind": "math"}, DataError, "p.jsonl line 3: the record's 'target' is NoneType"),
+        ({"kind": "reasoning", "generator": "basic_arithmetic"}, DataError, "line 3: the record's 'entry' is NoneType"),
+        ({"kind": "constraints"}, DataError, "p.jsonl line 3: the record's 'constraints' is NoneType"),
+        ({"kind": "tags", "names": ["a b"]}, DataError, "p.jsonl line 3: names=['a b'] is not a list of tag names"),
         ({"kind": "function", "name": "os:system"}, RecipeError, "os:system is code that would run with your rights"),
     ],
 )
 def test_a_verifier_that_may_not_run_is_named(verifier: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=re.escape(text)):
-        check_prompts([prompt({"kind": "exact"}), prompt(verifier)], CONFIG)
+        check_prompts([prompt({"kind": "exact"}, target="7"), prompt(verifier)], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"target": "seven"}, "the target 'seven' has no number"),
+        ({"constraints": []}, "the record has no constraints"),
+        ({"constraints": [{"kind": "no_commas"}, {"kind": "wrods", "least": 1}]}, "there is no constraint 'wrods'"),
+        ({"constraints": [{"kind": "words"}]}, "constraint words needs least, most or both"),
+        ({"constraints": [{"kind": "no_commas"}], "all": "yes"}, "the record's 'all' is str, not bool"),
+    ],
+)
+def test_facts_of_every_prompt_are_checked_before_the_first_step(facts: dict[str, Any], text: str) -> None:
+    """Also those of prompts whose verifier is that of an earlier prompt."""
+    kind, right = (
+        ("number", {"target": 7}) if "target" in facts else ("constraints", {"constraints": [{"kind": "ascii"}]})
+    )
+    with pytest.raises(DataError, match=re.escape(f"p.jsonl line 3: {text}")):
+        check_prompts([prompt({"kind": kind}, **right), prompt({"kind": kind}, **facts)], CONFIG)
+
+
+def test_a_verifier_that_does_not_start_again_costs_rewards_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError("it ended. It may need more memory.")
+
+    cases = [Case(0, number, prompt(RANDOM), "a") for number in range(2)]
+    with Judges(tmp_path, CONFIG, rank=0) as judges:
+        with monkeypatch.context() as patched:
+            patched.setattr("train.align.judging.Judge", refuse)
+            rewards = judges.rewards(cases, step=1)
+        assert [(reward.value, reward.what) for reward in rewards] == [(None, "did not start")] * 2
+        assert "it ended" in rewards[0].failure
+        again = [Case(1, number, prompt(RANDOM), "a") for number in range(2)]
+        assert judges.rewards(again, step=1)[0].value is not None
+        (judge,) = judges._judges.values()
+        judge.close()  # as after a time-out
+        monkeypatch.setattr(judge, "_start", refuse)
+        (reward,) = judges.rewards([Case(2, 0, prompt(RANDOM), "a")], step=1)
+        assert reward.what == "did not start" and judge.failures["did not start"] == 1
 
 
 def test_a_reward_model_needs_no_verifiers() -> None:
     assert check_prompts([prompt(None)], GrpoConfig(reward_model="runs/reward")) == []
-    assert check_prompts([prompt(RANDOM), prompt(RANDOM), prompt({"kind": "exact"})], CONFIG) == [
+    assert check_prompts([prompt(RANDOM), prompt(RANDOM), prompt({"kind": "exact"}, target="7")], CONFIG) == [
         RANDOM,
         {"kind": "exact"},
     ]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from recipes.schema.align import GrpoConfig
 from train.align.losses.policy import (
     Answers,
-    PolicyOptions,
     group_advantages,
     informative_groups,
     kl_estimate,
@@ -38,7 +38,7 @@ def answers_of(seed: int = 0, fill: float = math.nan) -> Answers:
     )  # fmt: skip
 
 
-def by_hand(answers: Answers, options: PolicyOptions, *, tokens: int, count: int) -> tuple[float, dict[str, int]]:
+def by_hand(answers: Answers, options: GrpoConfig, *, tokens: int, count: int) -> tuple[float, dict[str, int]]:
     """The loss, and how many tokens are clipped and capped."""
     p, q, reference, sampler = (
         v.detach().tolist()  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", OPTIONS)
 def test_the_loss_is_the_formula_and_its_gradient_a_difference_quotient(changes: dict[str, Any]) -> None:
-    options, answers = PolicyOptions(**changes), answers_of()
+    options, answers = GrpoConfig(**{"kl_weight": 0.0} | changes), answers_of()
     found = policy_loss(answers, options, step_tokens=10, step_answers=3)
     expected, seen = by_hand(answers, options, tokens=10, count=3)
     assert found.loss.item() == pytest.approx(expected, rel=1e-12)
@@ -96,7 +96,7 @@ def test_the_loss_is_the_formula_and_its_gradient_a_difference_quotient(changes:
 
 def test_shares_of_microbatches_add_up_to_the_step() -> None:
     for changes in OPTIONS:
-        options, answers = PolicyOptions(**changes), answers_of()
+        options, answers = GrpoConfig(**{"kl_weight": 0.0} | changes), answers_of()
         whole = policy_loss(answers, options, step_tokens=8, step_answers=4).loss.item()
         shares = 0.0
         for part in (slice(0, 1), slice(1, 4)):
@@ -106,7 +106,7 @@ def test_shares_of_microbatches_add_up_to_the_step() -> None:
 
 
 def test_masked_values_have_no_influence() -> None:
-    options = PolicyOptions(kl_weight=0.1, importance_cap=2.0)
+    options = GrpoConfig(kl_weight=0.1, importance_cap=2.0)
     losses = [
         policy_loss(answers_of(fill=x), options, step_tokens=8, step_answers=4).loss for x in (math.nan, -math.inf, 3)
     ]
@@ -119,14 +119,14 @@ def test_first_step_has_the_policy_gradient_and_advantage_of_zero_none() -> None
     """With ratio 1 the gradient is -A / tokens; with advantage 0 nothing is learned."""
     answers = answers_of()
     answers = replace(answers, old_log_probs=answers.log_probs.detach())
-    policy_loss(answers, PolicyOptions(), step_tokens=8, step_answers=4).loss.backward()
+    policy_loss(answers, GrpoConfig(kl_weight=0.0), step_tokens=8, step_answers=4).loss.backward()
     assert answers.log_probs.grad is not None
     for i, length in enumerate(LENGTHS):
         for t in range(length):
             assert answers.log_probs.grad[i, t].item() == pytest.approx(-ADVANTAGES[i] / 8, rel=1e-12)
     answers.log_probs.grad = None
     still = replace(answers, advantages=torch.zeros(4, dtype=torch.float64))
-    policy_loss(still, PolicyOptions(), step_tokens=8, step_answers=4).loss.backward()
+    policy_loss(still, GrpoConfig(kl_weight=0.0), step_tokens=8, step_answers=4).loss.backward()
     assert not answers.log_probs.grad.any()
 
 

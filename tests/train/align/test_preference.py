@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from recipes.schema.align import DpoConfig
 from train.align.losses.preference import (
-    DpoOptions,
     PairLogProbs,
     bradley_terry_losses,
     calibration_error,
@@ -41,13 +41,13 @@ def pairs_of(part: slice = slice(None), dtype: torch.dtype = torch.float64) -> P
 @pytest.mark.parametrize(
     "options",
     [
-        DpoOptions(),
-        DpoOptions(beta=0.05, label_smoothing=0.1),
-        DpoOptions(beta=2.0, length_normalized=True),
-        DpoOptions(beta=0.5, label_smoothing=0.2, length_normalized=True, sft_weight=0.3),
+        DpoConfig(),
+        DpoConfig(beta=0.05, label_smoothing=0.1),
+        DpoConfig(beta=2.0, length_normalized=True),
+        DpoConfig(beta=0.5, label_smoothing=0.2, length_normalized=True, sft_weight=0.3),
     ],
 )
-def test_dpo_and_its_gradient_are_the_formula(options: DpoOptions) -> None:
+def test_dpo_and_its_gradient_are_the_formula(options: DpoConfig) -> None:
     pairs = pairs_of()
     found = dpo_loss(pairs, options, step_pairs=3, step_chosen_tokens=sum(CHOSEN_TOKENS))
     found.loss.backward()
@@ -71,7 +71,7 @@ def test_dpo_and_its_gradient_are_the_formula(options: DpoOptions) -> None:
 
 
 def test_shares_of_microbatches_add_up_to_the_step() -> None:
-    options = DpoOptions(beta=0.3, label_smoothing=0.1, sft_weight=0.5)
+    options = DpoConfig(beta=0.3, label_smoothing=0.1, sft_weight=0.5)
     whole = dpo_loss(pairs_of(), options, step_pairs=3, step_chosen_tokens=20).loss.item()
     parts = [slice(0, 1), slice(1, 3)]
     shares = [dpo_loss(pairs_of(part), options, step_pairs=3, step_chosen_tokens=20).loss.item() for part in parts]
@@ -81,7 +81,7 @@ def test_shares_of_microbatches_add_up_to_the_step() -> None:
 def test_an_equal_policy_has_loss_log_2_and_wrong_signs_are_seen() -> None:
     same = torch.tensor([-5.0], dtype=torch.float64)
     pairs = PairLogProbs(same.clone().requires_grad_(), same.clone().requires_grad_(), same, same, same, same)
-    found = dpo_loss(pairs, DpoOptions(), step_pairs=1, step_chosen_tokens=1)
+    found = dpo_loss(pairs, DpoConfig(), step_pairs=1, step_chosen_tokens=1)
     found.loss.backward()
     assert found.loss.item() == pytest.approx(math.log(2), rel=1e-15)
     assert pairs.chosen.grad is not None and pairs.chosen.grad < 0  # a step of descent raises the chosen answer

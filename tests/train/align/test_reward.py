@@ -110,7 +110,7 @@ def test_loss_and_parts_are_the_formula(single: tuple[Numbers, list[float]]) -> 
     assert [loss, *parts] == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
 
 
-SLOW = ("microbatch of 2", "TP2")
+SLOW = ("microbatch of 2", "TP2 SP CP2")
 """Run by `make test-slow` only: the others fail with them."""
 
 

@@ -14,7 +14,7 @@ from data.prepare import prepare
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe
 
-STEPS = 6
+STEPS = 4
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -31,19 +31,22 @@ def recipe_of(folder: Path) -> Recipe:
     )
     prepare(data, console=Console(quiet=True))
     recipe = recipe_in(folder, steps_=STEPS)
-    return replace(recipe, data=data, model=replace(recipe.model, vocab=400))
+    schedule = replace(recipe.schedule, decay=2)
+    return replace(recipe, data=data, model=replace(recipe.model, vocab=400), schedule=schedule)
 
 
 def test_a_killed_stage_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    before = replace(recipe, run=replace(recipe.run, name="before"))
+    before = replace(
+        recipe, run=replace(recipe.run, name="before", steps=1), schedule=replace(recipe.schedule, warmup=0, decay=1)
+    )
     Run(before, 1, folder=tmp_path / "said before").attempt(None)
     ends = []
     for name in ("undisturbed", "killed"):
         stage = replace(recipe, run=replace(recipe.run, name=name, start_from=str(tmp_path / "before")))
         run = Run(stage, 1, folder=tmp_path / f"said {name}")
         if name == "killed":
-            assert run.attempt(Kill(steps=3, delay_s=0.0))
+            assert run.attempt(Kill(steps=2, delay_s=0.0))
         run.attempt(None)
         steps = {line["step"]: line["loss"] for line in run.metrics if line["kind"] == "step"}
         assert sorted(steps) == list(range(1, STEPS + 1))

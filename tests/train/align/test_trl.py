@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from train.align.losses.policy import Answers, PolicyOptions, group_advantages, policy_loss
+from recipes.schema.align import DpoConfig, GrpoConfig
+from train.align.losses.policy import Answers, group_advantages, policy_loss
 from train.align.losses.preference import (
-    DpoOptions,
     PairLogProbs,
     bradley_terry_losses,
     dpo_loss,
@@ -81,12 +81,12 @@ MASKS = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]
 @pytest.mark.parametrize(
     ("kind", "weights", "options"),
     [
-        (["sigmoid"], [1.0], DpoOptions(beta=0.1)),
-        (["sigmoid_norm"], [1.0], DpoOptions(beta=2.0, length_normalized=True)),
-        (["sigmoid", "sft"], [1.0, 0.3], DpoOptions(beta=0.5, sft_weight=0.3)),
+        (["sigmoid"], [1.0], DpoConfig(beta=0.1)),
+        (["sigmoid_norm"], [1.0], DpoConfig(beta=2.0, length_normalized=True)),
+        (["sigmoid", "sft"], [1.0, 0.3], DpoConfig(beta=0.5, sft_weight=0.3)),
     ],
 )
-def test_dpo(kind: list[str], weights: list[float], options: DpoOptions) -> None:
+def test_dpo(kind: list[str], weights: list[float], options: DpoConfig) -> None:
     loss, gradient, pairs, leaf = trl_dpo(kind, weights, options.beta, 0.0, MASKS)
     found = dpo_loss(pairs, options, step_pairs=2, step_chosen_tokens=int(MASKS[:2].sum()))
     found.loss.backward()
@@ -97,7 +97,7 @@ def test_dpo(kind: list[str], weights: list[float], options: DpoOptions) -> None
 def test_label_smoothing() -> None:
     """TRL smooths the sigmoid loss only under the name `aot`, which for one pair is the same."""
     one = MASKS[[0, 2]]
-    options = DpoOptions(beta=0.7, label_smoothing=0.2)
+    options = DpoConfig(beta=0.7, label_smoothing=0.2)
     loss, gradient, pairs, leaf = trl_dpo(["aot"], [1.0], 0.7, 0.2, one)
     found = dpo_loss(pairs, options, step_pairs=1, step_chosen_tokens=3)
     found.loss.backward()
@@ -137,15 +137,15 @@ def test_reward_model(margin: bool, center: float | None) -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("dapo", PolicyOptions()),
-        ("dapo", PolicyOptions(clip_high=0.28, kl_weight=0.04)),
-        ("grpo", PolicyOptions(mean_over="answers", kl_weight=0.1)),
-        ("grpo", PolicyOptions(mean_over="answers", ratio="sequence", clip_low=0.05, clip_high=0.08)),
-        ("bnpo", PolicyOptions(ratio="sequence", clip_low=0.05, clip_high=0.08, kl_weight=0.1)),
-        ("dapo", PolicyOptions(importance_cap=1.1, kl_weight=0.04)),
+        ("dapo", GrpoConfig(kl_weight=0.0)),
+        ("dapo", GrpoConfig(clip_high=0.28, kl_weight=0.04)),
+        ("grpo", GrpoConfig(mean_over="answers", kl_weight=0.1)),
+        ("grpo", GrpoConfig(mean_over="answers", ratio="sequence", clip_low=0.05, clip_high=0.08, kl_weight=0.0)),
+        ("bnpo", GrpoConfig(ratio="sequence", clip_low=0.05, clip_high=0.08, kl_weight=0.1)),
+        ("dapo", GrpoConfig(importance_cap=1.1, kl_weight=0.04)),
     ],
 )
-def test_grpo(kind: str, options: PolicyOptions) -> None:
+def test_grpo(kind: str, options: GrpoConfig) -> None:
     from trl import GRPOTrainer
 
     mask = torch.arange(6)[None] < torch.tensor([6, 2, 4, 1])[:, None]

@@ -56,7 +56,9 @@ def other_start(changes: dict[str, object]) -> Recipe:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["one", "DP2", "TP2 PP2"])
+@pytest.mark.parametrize(
+    "name", ["one", "DP2", pytest.param("TP2 PP2", marks=pytest.mark.slow)]
+)  # by default test_layout_matrix has TP2 PP2
 def test_same_layout_continues_bit_for_bit(name: str, precision: str, tmp_path: Path) -> None:
     world, changes = LAYOUTS[name]
     changes = {**changes, "precision.params": precision}

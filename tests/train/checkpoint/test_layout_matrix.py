@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from expert_models import MIXTURE
 from ranks import run_ranks
 from tiny import Numbers, engine_of, recipe_with, steps_of
 
@@ -24,9 +25,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "DP4": (4, {}),
     "CP2": (2, {"parallel.context": 2}),
+    "EP2": (2, {"parallel.expert": 2}),
+    "TP2 EP2 ETP2": (
+        4,
+        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.expert": 2, "parallel.expert_tensor": 2},
+    ),
+    "PP2 EP2": (4, {"parallel.pipeline": 2, "parallel.expert": 2}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {"model.pattern": "M-M*-M-M*-"},
+    "mixture": MIXTURE,
+    "mixture, gated": {**MIXTURE, "model.activation": "swiglu"},
     "attention": {"model.pattern": "*-*-*-*-", "model.activation": "swiglu", "model.tie_embeddings": True},
 }
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -141,10 +150,15 @@ def assert_within(gaps: Numbers, precision: str) -> None:
     ("model", "precision", "pairs"),
     [
         ("hybrid", "bf16", {"TP2 PP2": ["DP2", "TP2 PP2"], "DP2": ["TP2 PP2"]}),
-        ("attention", "fp32", {"VP2": ["TP2"], "TP2": ["VP2"], "TP2 PP2": ["TP1"], "TP1": ["DP4", "TP2 PP2"]}),
+        ("attention", "fp32", {"VP2": ["TP2"], "TP2": ["VP2"], "TP1": ["DP4"]}),
         ("hybrid", "fp8", {"CP2": ["PP2"], "PP2": ["CP2"]}),
+        (
+            "mixture, gated",
+            "fp32",
+            {"TP1": ["EP2", "PP2 EP2"], "EP2": ["EP2", "TP1", "TP2 EP2 ETP2"], "TP2 EP2 ETP2": ["EP2"]},
+        ),
     ],
-    ids=["hybrid bf16", "attention fp32, tied", "hybrid fp8"],
+    ids=["hybrid bf16", "attention fp32, tied", "hybrid fp8", "mixture fp32, gated"],
 )
 def test_what_moves_to_another_layout_stays_what_it_is(
     model: str, precision: str, pairs: dict[str, list[str]], tmp_path: Path

@@ -12,7 +12,7 @@ import pytest
 import torch
 from crashes import SMALL, contents, manifest_at, train_on
 from ranks import run_ranks
-from tiny import engine_of, steps_of
+from tiny import engine_of, recipe_with, steps_of
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError, NumericsError
@@ -165,4 +165,17 @@ def test_a_run_of_sick_steps_only_is_refused_with_what_is_wrong(tmp_path: Path) 
     run_ranks(1, save_anyway, tmp_path, (1, 2, 3))
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete:(\n.*NaN or infinity.*){3}"):
         steps.newest_in(tmp_path)
-    assert "No earlier checkpoint without them" in finite.advice_after_not_finite(tmp_path)
+    assert "No earlier checkpoint without them" in finite.advice_after_not_finite(tmp_path, remedies="care")
+
+
+def test_advice_names_the_weight_of_the_objective_and_what_the_recipe_does_not_have_yet() -> None:
+    grpo = {"objective.kind": "grpo", "objective.grpo.kl_weight": 1e30, "optim.lr": 0.001}
+    expected = (
+        "a lower objective.grpo.kl_weight (it is 1e+30), a lower optim.lr (it is 0.001) or a longer schedule.warmup"
+    )
+    assert finite.remedies_of(recipe_with(**grpo)) == expected
+    dpo = {"objective.kind": "dpo", "optim.clip_norm": 0.0, "precision.params": "bf16", "optim.lr": 0.001}
+    assert finite.remedies_of(recipe_with(**dpo)) == (
+        "a lower objective.dpo.beta (it is 0.1), a lower optim.lr (it is 0.001), a longer schedule.warmup, optim.clip_norm=1 or "
+        "precision.params=fp32"
+    )

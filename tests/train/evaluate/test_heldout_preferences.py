@@ -12,7 +12,9 @@ from tiny import engine_of, recipe_with
 
 from data.batch import Batch
 from recipes.schema.recipe import Recipe
-from train.evaluate.heldout_preferences import heldout_preferences, metrics_of
+from train.evaluate.ask import TaskResult
+from train.evaluate.heldout_preferences import heldout_preferences, metrics_of, recorded
+from train.evaluate.results import results_table
 
 REWARD: dict[str, Any] = {"model.head": "scalar", "objective.kind": "reward", "data.reset_at_documents": True}
 LAYOUTS = {
@@ -79,3 +81,6 @@ def test_metrics_by_hand() -> None:
     losses = [math.log(4 / 3)] * 2 + [math.log(2), math.log(4)]
     assert found["loss"].value == pytest.approx(sum(losses) / 4)
     assert not found["loss"].higher_is_better and found["accuracy"].low < 0.625 < found["accuracy"].high
+    (task,) = recorded([TaskResult("heldout/a", "preferences", "", 4, found)]).values()
+    intervals = list(results_table({"heldout/a": task}, title="").columns[4].cells)
+    assert intervals[1] == "n/a" and " to " in intervals[0] and "unknown" not in "".join(map(str, intervals))

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import engine_of
 
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.model import ModelConfig
 from train.checkpoint.storage import read_weights
 from train.checkpoint.tensors import StoredTensors
@@ -234,6 +235,13 @@ def test_a_greedy_text_that_meets_the_end_of_text_token_is_no_disagreement(
         replace(GEMMA, attention_softcap=None, logit_softcap=None, query_scale=None, pattern="*-*-"),
         replace(HYBRID, pattern="*-M", activation="silu", mamba_groups=4, mamba_chunk=7, head_dim=8),
         replace(HYBRID, pattern="MM-", activation="gelu", mamba_groups=1, tie_embeddings=True),
+        replace(HYBRID, pattern="ME*E", experts=ExpertsConfig(count=6, top_k=3, ffn=24, shared_ffn=40, scaling=2.5)),
+        replace(
+            HYBRID,
+            pattern="E-E",
+            experts=ExpertsConfig(count=8, top_k=4, ffn=16, shared_ffn=8, groups=4, top_groups=2, latent=24),
+        ),
+        replace(HYBRID, pattern="*E", experts=ExpertsConfig(count=3, top_k=1, ffn=40, shared_ffn=8)),
     ],
     ids=lambda model: f"{model.pattern} {model.rope_scaling} {model.activation}",
 )

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 import yaml
 from hf_command import call, command
 from hf_models import FAMILIES, recipe_of
+from pruning_folder import shell
 from ranks import run_ranks
 from recipes_composed import composed
 from safetensors.torch import load_file, save_file
 from texts import VOCAB, prepared_in, write_texts
 
-from recipes.schema.command import RECIPES
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import METRICS, read_metrics
@@ -119,11 +118,8 @@ def test_an_import_trains_and_generates(runs: dict[str, Path], exports: dict[str
              f"+data.sources.code.path={root}/code.jsonl", "+data.sources.code.text_field=content", "data.row_tokens=16",
              "run.folder=" + str(tmp_path), "run.steps=1", "run.name=on", "schedule.warmup=0", "schedule.decay=0",
              "evaluate.rows_per_source=2", "telemetry.tensorboard=false"]  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-m", "train", *words],
-        cwd=RECIPES.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    status, said = run_ranks(1, shell, tmp_path, ["train", *words])[0]
+    assert status == 0, said
     there = [line for line in read_metrics(runs["nemotron_h"] / METRICS) if line["kind"] == "evaluation"]
     here = [line for line in read_metrics(tmp_path / "on" / METRICS) if line["kind"] == "evaluation"]
     for name, score in there[-1]["bits_per_byte"].items():

@@ -181,6 +181,43 @@ def test_texts_of_an_import_stay_texts_in_its_recipe(directories: dict[str, Path
     assert recipe["run"]["steps"] == 100
 
 
+def test_the_card_of_an_aligned_model_says_what_it_was_trained_on(directories: dict[str, Path], tmp_path: Path) -> None:
+    """It was called a base model, and the loss of pairs and of rewards had the unit of tokens."""
+    checkpoint = next((directories["gemma2"].parent / "scrambled").glob("step_*"))
+    recipe = recipe_of(replace(FAMILIES["gemma2"], vocab=264))
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    scores = {"heldout/pairs": {"items": 9, "metrics": {"accuracy": {"value": 0.75, "low": 0.1, "high": 0.9}}}}
+    numbers = {
+        "tokens": 1, "grad_norm": 1.0, "learning_rate": 1e-3, "step_s": 1.0, "tokens_per_s": 1.0, "mfu": 0.1,
+        "memory_bytes": 1, "seconds": {},
+    }  # fmt: skip
+    lines = [
+        {"kind": "step", "step": 1, "loss": 0.7} | numbers,
+        {"kind": "step", "step": 2, "loss": 0.5} | numbers,
+        {"kind": "tasks", "step": 2, "tasks": scores},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kind, source, said, change in (
+        ("next_token", "chat", "It was trained last on chats, ", "0.5000 nats per token."),
+        ("dpo", "preference", "It was trained last on preferences (DPO), ", "0.5000 nats per pair."),
+        ("grpo", "text", "It was trained last on rewards of its own answers (GRPO), ", "0.7000 -> 0.5000."),
+        ("next_token", "text", "It is a base model", "0.5000 nats per token."),
+    ):
+        data = replace(recipe.data, sources={"pairs": SourceConfig(path="x", kind=source)})  # type: ignore[arg-type]
+        aligned = replace(recipe, data=data, objective=replace(recipe.objective, kind=kind))  # type: ignore[arg-type]
+        manifest = replace(read_manifest(checkpoint), step=2)
+        release = card.Release(
+            kind, aligned, manifest, run / "checkpoints" / "step_00000002", Converted(1, 1, 4), SpecialTokens(0, 1, None),
+            None, "it was not tried", "float32", None, {},
+        )  # fmt: skip
+        out = tmp_path / f"{kind}-{source}"
+        out.mkdir()
+        card.write_card(out, release)
+        page = (out / "README.md").read_text()
+        assert said in page and change in page and "| heldout/pairs | 9 | accuracy | 0.750 |" in page
+
+
 def test_names_in_a_card_have_no_effect(directories: dict[str, Path], tmp_path: Path) -> None:
     """Markdown, HTML, credentials and line breaks of names, sources, licence and lineage."""
     checkpoint = next((directories["gemma2"].parent / "scrambled").glob("step_*"))

@@ -194,8 +194,8 @@ def together(rank: int) -> dict[str, Any]:
 
 
 def test_prompts_that_arrive_together_share_what_they_begin_with() -> None:
-    # 48 of the second's 64 tokens (the last block has the token to draw after), all 64 of the third's, 32 of the fourth's.
-    assert run_ranks(1, together)[0] == {"equal": True, "cached": 48 + 64 + 32}
+    # All 64 tokens of the second, which has the prompt of the first, all 64 of the third's, 32 of the fourth's.
+    assert run_ranks(1, together)[0] == {"equal": True, "cached": 64 + 64 + 32}
 
 
 def padding(rank: int) -> list[Any]:

@@ -118,6 +118,31 @@ def test_gradients_over_many_blocks(
         assert float((mine - true).abs().max() / true.abs().max()) < 1e-5  # sums over hundreds of keys
 
 
+@pytest.mark.parametrize("width", [16, 40])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 5.0), (9, 5.0)])
+def test_stepwise_attention_and_its_gradients_equal_the_formula(
+    window: int | None, softcap: float | None, width: int
+) -> None:
+    """Documents that begin anywhere, one of several pages."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(60, 2, heads, width, generator=g).requires_grad_() for heads in (4, 2, 2))
+    starts = torch.zeros(2, 60, dtype=torch.int64)
+    starts[0, [3, 4, 30]], starts[1, 17] = 1, 1
+    documents = starts.cumsum(1)
+    attention = core(0.3, softcap=softcap, window=window)
+    found = attention(q, k, v, packed_seq_params=RowContext(documents=documents, is_stepwise=True))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = written_out(*exact, documents, 0.3, softcap=softcap, window=window)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
+    weights = torch.randn(found.shape, generator=g)
+    for a, b in zip(
+        torch.autograd.grad(found, (q, k, v), weights),
+        torch.autograd.grad(expected, exact, weights.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("softcap", [3.0, None])
 def test_attention_gives_the_same_bits_for_any_number_of_threads(storage: torch.dtype, softcap: float | None) -> None:

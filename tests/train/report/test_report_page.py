@@ -150,6 +150,24 @@ def test_the_page_has_what_the_run_recorded(tmp_path: Path) -> None:
     ).replace("http://d", "")
 
 
+def test_a_source_that_only_one_run_has_is_one_difference(tmp_path: Path) -> None:
+    """Every field of an absent source was a difference."""
+    folders = [run_folder(tmp_path, name, RICH) for name in ("one", "two")]
+    for folder, name in zip(folders, ("texts", "pairs"), strict=True):
+        recipe = json.loads((folder / "recipe.yaml").read_text())
+        recipe.setdefault("data", {})["sources"] = {
+            "both": {"path": "b.jsonl", "weight": 1.0 if name == "texts" else 2.0},
+            name: {"path": f"{name}.jsonl", "weight": 1.0, "format": "jsonl"},
+        }
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    rows = embedded(page([read_reported(folder) for folder in folders]))["differences"]
+    assert [row for row in rows if row[0].startswith("data.sources")] == [
+        ["data.sources.both.weight", "1.0", "2.0"],
+        ["data.sources.pairs", "no such source", "pairs.jsonl"],
+        ["data.sources.texts", "texts.jsonl", "no such source"],
+    ]
+
+
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     """20,000 steps: at most 2,000 points a curve, whose bands keep the highest and lowest value of every step."""
     losses = [math.sin(n) + (100.0 if n == 12_345 else 0.0) for n in range(1, 20_001)]

@@ -17,27 +17,7 @@ from typing import Literal
 
 import torch
 
-KlEstimator = Literal["k1", "k2", "k3"]
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    """How the loss is computed."""
-
-    clip_low: float = 0.2
-    """The ratio is clipped at 1 - clip_low from below."""
-    clip_high: float = 0.2
-    """And at 1 + clip_high from above."""
-    kl_weight: float = 0.0
-    """Weight of the divergence from the reference; 0 needs no reference."""
-    kl_estimator: KlEstimator = "k3"
-    """As in `kl_estimate`. k1 has a gradient of 0 in expectation: it is for reports."""
-    ratio: Literal["token", "sequence"] = "token"
-    """`sequence`: one ratio an answer, the geometric mean of its tokens' (GSPO)."""
-    mean_over: Literal["tokens", "answers"] = "tokens"
-    """What the loss is a mean of: all tokens of the step, or all answers, each the mean of its tokens."""
-    importance_cap: float | None = None
-    """Upper bound of the importance weight of a token whose sampler was an older policy; None: no weights."""
+from recipes.schema.align import GrpoConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ class PolicyLoss:
     """Tokens whose importance weight was capped."""
 
 
-def policy_loss(answers: Answers, options: PolicyOptions, *, step_tokens: int, step_answers: int) -> PolicyLoss:
+def policy_loss(answers: Answers, config: GrpoConfig, *, step_tokens: int, step_answers: int) -> PolicyLoss:
     """The clipped policy gradient of the module docstring.
 
     step_tokens, step_answers: those that count (mask) in all microbatches and data ranks together.
@@ -87,26 +67,26 @@ def policy_loss(answers: Answers, options: PolicyOptions, *, step_tokens: int, s
     log_probs = _masked(answers.log_probs, mask)
     old = _masked(answers.old_log_probs, mask).detach()
     log_ratio = log_probs - old
-    if options.ratio == "sequence":
+    if config.ratio == "sequence":
         log_ratio = (log_ratio.sum(dim=1) / tokens_B.clamp(min=1))[:, None].expand_as(mask)
     ratio = torch.exp(log_ratio)
     advantages = answers.advantages[:, None].to(ratio.dtype)
-    clipped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
     capped = mask.new_zeros(mask.shape)
-    if options.importance_cap is not None:
+    if config.importance_cap is not None:
         assert answers.sampler_log_probs is not None, "importance weights need the sampler's log-probabilities"
         weights = torch.exp(old - _masked(answers.sampler_log_probs, mask).detach())
-        capped = weights > options.importance_cap
-        losses = losses * weights.clamp(max=options.importance_cap)
+        capped = weights > config.importance_cap
+        losses = losses * weights.clamp(max=config.importance_cap)
     kl = torch.zeros_like(log_probs)
     if answers.reference_log_probs is not None:
-        kl = kl_estimate(log_probs, _masked(answers.reference_log_probs, mask).detach(), options.kl_estimator)
-    assert not options.kl_weight or answers.reference_log_probs is not None, "the KL term needs a reference"
-    if options.kl_weight:
-        losses = losses + options.kl_weight * kl
+        kl = kl_estimate(log_probs, _masked(answers.reference_log_probs, mask).detach(), config.kl_estimator)
+    assert not config.kl_weight or answers.reference_log_probs is not None, "the KL term needs a reference"
+    if config.kl_weight:
+        losses = losses + config.kl_weight * kl
     losses = losses * mask
-    if options.mean_over == "tokens":
+    if config.mean_over == "tokens":
         loss = losses.sum() / max(1, step_tokens)
     else:
         loss = (losses.sum(dim=1) / tokens_B.clamp(min=1)).sum() / max(1, step_answers)
@@ -114,15 +94,15 @@ def policy_loss(answers: Answers, options: PolicyOptions, *, step_tokens: int, s
         return PolicyLoss(
             loss=loss,
             tokens=mask.sum(),
-            clipped_low=((ratio < 1 - options.clip_low) & (advantages < 0) & mask).sum(),
-            clipped_high=((ratio > 1 + options.clip_high) & (advantages > 0) & mask).sum(),
+            clipped_low=((ratio < 1 - config.clip_low) & (advantages < 0) & mask).sum(),
+            clipped_high=((ratio > 1 + config.clip_high) & (advantages > 0) & mask).sum(),
             kl=(kl * mask).sum(),
             largest_log_ratio=(log_ratio.abs() * mask).max() if mask.numel() else log_ratio.new_zeros(()),
             capped=(capped & mask).sum(),
         )
 
 
-def kl_estimate(log_probs: torch.Tensor, reference: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
+def kl_estimate(log_probs: torch.Tensor, reference: torch.Tensor, estimator: Literal["k1", "k2", "k3"]) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) from tokens that the policy sampled, of any shape.
 
     With d = log p - log p reference: k1 = d; k2 = d^2 / 2; k3 = exp(-d) - 1 + d (J. Schulman, Approximating KL divergence,

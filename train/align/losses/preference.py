@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from recipes.schema.align import DpoConfig
+
 
 @dataclass(frozen=True)
 class PairLogProbs:
@@ -25,20 +27,6 @@ class PairLogProbs:
 
 
 @dataclass(frozen=True)
-class DpoOptions:
-    """How preferences are weighed."""
-
-    beta: float = 0.1
-    """Strength of the pull to the reference (Rafailov et al., arXiv 2305.18290, equation 7)."""
-    label_smoothing: float = 0.0
-    """Probability with which a pair is assumed to be the wrong way round; below 0.5 (cDPO: arXiv 2305.18290's repository)."""
-    length_normalized: bool = False
-    """Divide each log-ratio by the tokens of its answer."""
-    sft_weight: float = 0.0
-    """Weight of the chosen answers' cross-entropy, in nats per token."""
-
-
-@dataclass(frozen=True)
 class PairLoss:
     """Share of the step's loss, and what is reported."""
 
@@ -53,28 +41,29 @@ class PairLoss:
     rejected_rewards: torch.Tensor
 
 
-def implicit_rewards(pairs: PairLogProbs, options: DpoOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def implicit_rewards(pairs: PairLogProbs, config: DpoConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """(of the chosen, of the rejected answers): beta x log-ratio to the reference, [N] each."""
     chosen_N = pairs.chosen - pairs.reference_chosen
     rejected_N = pairs.rejected - pairs.reference_rejected
-    if options.length_normalized:
+    if config.length_normalized:
         chosen_N = chosen_N / pairs.chosen_tokens.clamp(min=1)
         rejected_N = rejected_N / pairs.rejected_tokens.clamp(min=1)
-    return options.beta * chosen_N, options.beta * rejected_N
+    return config.beta * chosen_N, config.beta * rejected_N
 
 
-def dpo_loss(pairs: PairLogProbs, options: DpoOptions, *, step_pairs: float, step_chosen_tokens: float) -> PairLoss:
-    """-log sigmoid(beta (chosen log-ratio - rejected log-ratio)), smoothed, summed and divided by the step's pairs.
+def dpo_loss(pairs: PairLogProbs, config: DpoConfig, *, step_pairs: float, step_chosen_tokens: float) -> PairLoss:
+    """-log sigmoid(beta (chosen log-ratio - rejected log-ratio)), smoothed, summed and divided by the step's pairs
+    (arXiv 2305.18290, equation 7).
 
     step_pairs, step_chosen_tokens: of all microbatches and data ranks together.
     """
-    chosen_N, rejected_N = implicit_rewards(pairs, options)
+    chosen_N, rejected_N = implicit_rewards(pairs, config)
     margin_N = chosen_N - rejected_N
-    smoothing = options.label_smoothing
+    smoothing = config.label_smoothing
     losses_N = -(1 - smoothing) * F.logsigmoid(margin_N) - smoothing * F.logsigmoid(-margin_N)
     preference = losses_N.sum() / step_pairs
     sft = -pairs.chosen.sum() / (step_chosen_tokens or 1)
-    loss = preference + options.sft_weight * sft if options.sft_weight else preference
+    loss = preference + config.sft_weight * sft if config.sft_weight else preference
     return PairLoss(
         loss,
         preference.detach(),

@@ -16,11 +16,16 @@ def exact(sample: Sample) -> float:
 
 def last_number_equals(sample: Sample) -> float:
     """1 if the answer's last number equals the target; commas between thousands are ignored."""
+    return float(last_number(sample.answer) == target_number(sample))
+
+
+def target_number(sample: Sample) -> float:
+    """The number in the target. DataError if there is none."""
     target = sample.fact("target", (str, int, float))
     wanted = last_number(str(target))
     if wanted is None:
         raise DataError(f"the target {target!r} has no number")
-    return float(last_number(sample.answer) == wanted)
+    return wanted
 
 
 def open_math() -> Callable[[Sample], float]:

@@ -277,14 +277,27 @@ def holds(plain: Any, answer: str) -> bool:
     return bool(answer.strip()) and CONSTRAINTS[kind](answer, **parameters)
 
 
+def listed_constraints(sample: Sample) -> list[Any]:
+    """The constraints of a record. DataError if there are none, or if `all` is not true or false."""
+    listed: list[Any] = sample.fact("constraints", list)
+    if not listed:
+        raise DataError("the record has no constraints")
+    if "all" in sample.facts:
+        sample.fact("all", bool)
+    return listed
+
+
+def check_constraints(sample: Sample) -> None:
+    """DataError says what is wrong with the constraints of a record."""
+    for one in listed_constraints(sample):
+        check_constraint(one)
+
+
 def open_constraints() -> Callable[[Sample], float]:
     """The share of a record's constraints that its answer keeps; see the module docstring."""
 
     def judge(sample: Sample) -> float:
-        listed = sample.fact("constraints", list)
-        if not listed:
-            raise DataError("the record has no constraints")
-        kept = [holds(one, sample.answer) for one in listed]
+        kept = [holds(one, sample.answer) for one in listed_constraints(sample)]
         return float(all(kept)) if sample.facts.get("all") is True else sum(kept) / len(kept)
 
     return judge

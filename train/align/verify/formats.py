@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from recipes.schema.errors import DataError
 from train.align.verify.sample import Sample
@@ -11,8 +12,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]{0,40}")
 
 def open_tags(names: Sequence[str]) -> Callable[[Sample], float]:
     """1 if the answer is <a>...</a> <b>...</b> for the names in order, each tag once, nothing but blanks around them."""
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
-        raise DataError(f"names={names!r} is not a list of tag names, such as [think, answer]")
+    check_names(names)
 
     def judge(sample: Sample) -> float:
         rest = sample.answer.strip()
@@ -27,3 +27,9 @@ def open_tags(names: Sequence[str]) -> Callable[[Sample], float]:
         return float(not rest)
 
     return judge
+
+
+def check_names(names: Any) -> None:
+    """DataError if these are not names of tags."""
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
+        raise DataError(f"names={names!r} is not a list of tag names, such as [think, answer]")

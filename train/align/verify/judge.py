@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from data.system.closing import Closing
 from recipes.schema.errors import BackendError, DataError, RecipeError
 from recipes.schema.foreign import printable
 from train.align.verify.sample import Sample
@@ -51,7 +51,7 @@ class Reward:
     """Kind of failure, as in `Judge.failures`."""
 
 
-class Judge:
+class Judge(Closing):
     """One verifier in a child process. Use it as a context manager: at the end the process is gone."""
 
     def __init__(self, verifier: Mapping[str, Any], *, run_code: bool = False, limits: Limits = Limits()) -> None:
@@ -66,19 +66,14 @@ class Judge:
                 f"If you trust it, allow it on the command line."
             )
         self.failures: Counter[str] = Counter()
-        """How often the verifier failed, by what happened: raised, timed out, ended, not a number, out of range."""
+        """How often the verifier failed, by what happened: raised, timed out, ended, did not start, not a number, out of
+        range."""
         self._verifier, self._limits = dict(verifier), limits
         self._child: subprocess.Popen[bytes] | None = None
         self._results = -1
         self._range = (0.0, 1.0)
         self._rest = b""
         self._start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
     def rewards(self, samples: Sequence[Sample]) -> list[Reward]:
         """The reward of each sample, in order."""
@@ -123,7 +118,10 @@ class Judge:
 
     def _reward(self, sample: Sample) -> Reward:
         if self._child is None:
-            self._start()
+            try:
+                self._start()
+            except (DataError, BackendError) as error:  # it started before: the machine may be short of memory
+                return self._failed("did not start", f"did not start again: {error}")
         message = self._ask(asdict(sample), seconds=self._limits.seconds)
         match message:
             case {"value": value} if not math.isfinite(value):

@@ -10,9 +10,9 @@ from typing import Any
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import printable
 from recipes.schema.suggestions import did_you_mean
-from train.align.verify.answers import exact, last_number_equals, open_math, open_reasoning
-from train.align.verify.constraints import open_constraints
-from train.align.verify.formats import open_tags
+from train.align.verify.answers import exact, last_number_equals, open_math, open_reasoning, target_number
+from train.align.verify.constraints import check_constraints, open_constraints
+from train.align.verify.formats import check_names, open_tags
 from train.align.verify.sample import Sample
 from train.align.verify.user_function import open_function
 
@@ -51,6 +51,22 @@ def parse_verifier(plain: Mapping[str, Any]) -> Verifier:
     return Verifier(kind, _KINDS[kind](**fields), **limits)
 
 
+_FACTS: dict[str, Callable[[Sample], Any]] = {
+    "exact": lambda sample: sample.fact("target"),
+    "number": target_number,
+    "math": lambda sample: sample.fact("target"),
+    "reasoning": lambda sample: sample.fact("entry", dict),
+    "constraints": check_constraints,
+}
+"""By kind of verifier: a check of the facts that it needs. A user's function has its own."""
+
+
+def check_facts(kind: str, sample: Sample) -> None:
+    """Check what a verifier needs to know about an answer, without opening it. DataError says what is wrong."""
+    if kind in _FACTS:
+        _FACTS[kind](sample)
+
+
 def check_verifier(plain: Mapping[str, Any]) -> str:
     """Check a mapping without opening the verifier. -> its kind. DataError says what is wrong."""
     kind = plain.get("kind")
@@ -64,6 +80,8 @@ def check_verifier(plain: Mapping[str, Any]) -> str:
     if unknown := [printable(str(key), most=100) for key in plain if key not in (*needed, "kind", "low", "high")]:
         takes = ", ".join((*needed, "low", "high"))
         raise DataError(f"the verifier {kind} has no field {', '.join(unknown)}. It takes {takes}.")
+    if kind == "tags":
+        check_names(plain["names"])
     low, high = plain.get("low", 0.0), plain.get("high", 1.0)
     if not all(type(value) in (int, float) and abs(value) < 1e9 for value in (low, high)) or not low < high:
         raise DataError(f"the verifier {kind} has low={low} and high={high}: low must be a number below high.")

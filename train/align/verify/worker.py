@@ -40,7 +40,7 @@ def main() -> None:
         plain = json.loads(line)
         try:
             value = verifier.reward(Sample(plain["prompt"], plain["answer"], plain["facts"]))
-            is_number = isinstance(value, numbers.Real)  # NumPy's too
+            is_number = isinstance(value, numbers.Real)  # NumPy's too; True is 1 and False is 0
             _say(results, {"value": float(value)} if is_number else {"type": type(value).__name__})
         except MemoryError:
             _say(results, {"raised": "MemoryError: more memory than the limit"})

@@ -12,7 +12,7 @@ from task_files import CAPITALS, CHOICES, task_in
 from data import prepare as _prepare  # noqa: F401
 from recipes.schema.checkpoint_steps import checkpoint_at
 from train import run as _assembly  # noqa: F401  likewise
-from train.align import run_merge as _merge  # noqa: F401
+from train.merge import run_merge as _merge  # noqa: F401
 
 
 def run(folder: Path, *words: str, status: int = 0) -> str:

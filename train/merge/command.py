@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--evaluate chooses between values of --alpha. Evaluate an average with `stratum evaluate`.")
     try:
         # importing torch takes seconds; --help and usage errors do not need it
-        from train.align.run_merge import run_merge
+        from train.merge.run_merge import run_merge
 
         return run_merge(config, [run_or_path(name) for name in parsed.models], Path(config.out))
     except _ERRORS as error:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from train.align.decay_weights import Shape, decay_weights
+from train.merge.decay_weights import Shape, decay_weights
 
 SHAPES: tuple[Shape, ...] = ("linear", "cosine", "minus_sqrt")
 

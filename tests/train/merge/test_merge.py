@@ -21,11 +21,11 @@ from recipes.schema.errors import CheckpointError, NumericsError, RecipeError
 from recipes.schema.manifest import Manifest
 from recipes.schema.read import recipe_mapping
 from recipes.schema.teacher_rules import kept_channels
-from train.align.merge import Source, check_sources, merge_weights, source_at, write_run
 from train.checkpoint import storage
 from train.checkpoint.files import Reader, whole_tensor
 from train.checkpoint.manifest import MASTER, MODEL, RunState
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
+from train.merge.weighted_sum import Source, check_sources, merge_weights, source_at, write_run
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,7 +61,7 @@ def random_tensors(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
 
 def test_sums_equal_float64_and_ends_are_bitwise_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with blocks of a few rows, and with a row longer than a block."""
-    monkeypatch.setattr("train.align.merge.BLOCK_ELEMENTS", 45)
+    monkeypatch.setattr("train.merge.weighted_sum.BLOCK_ELEMENTS", 45)
     tensors = [random_tensors(seed) for seed in (1, 2, 3)]
     sources = [handmade(tmp_path / str(n), one) for n, one in enumerate(tensors)]
     for number, weights in enumerate([[0.7, 0.3, 0.0], [0.25, 0.25, 0.5], [1.5, -0.75, 0.25], [0, 1, 0], [1, 0, 0]]):

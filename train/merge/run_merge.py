@@ -27,9 +27,9 @@ from recipes.schema.rules import name_problems
 from recipes.schema.run_folder import CHECKPOINTS, step_of
 from recipes.schema.schedule import learning_rate_factor
 from recipes.schema.tools import MergeConfig
-from train.align.decay_weights import decay_weights
-from train.align.merge import Source, check_sources, source_at, write_run
-from train.align.score_candidate import Scores, open_scorer
+from train.merge.decay_weights import decay_weights
+from train.merge.score_candidate import Scores, open_scorer
+from train.merge.weighted_sum import Source, check_sources, source_at, write_run
 
 SWEEP = "merge.json"
 """File of the new run with the scores of a sweep."""

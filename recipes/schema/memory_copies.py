@@ -1,0 +1,24 @@
+"""Fields of `run.memory_copies`: copies of the training state in the memory of nodes.
+
+The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
+"""
+
+from dataclasses import dataclass
+
+from recipes.schema.fields import Count
+
+
+@dataclass(frozen=True)
+class MemoryCopiesConfig:
+    """Copies of the training state in the memory of nodes, for a start without reading storage (docs/resilience.md)."""
+
+    every_steps: Count = 0
+    """Copy the state of every rank into memory at every multiple of this step, while training continues; 0: no copies, because
+    they need memory on the host: two copies of a rank's state, and two of its peer's."""
+    peer_nodes: Count = 1
+    """Send a second copy to the node this many nodes further on, so that a run survives the loss of a node: 1, or the number of
+    nodes that share a switch or a power supply. 0: keep copies on the own node only, which survive a killed process. Has no
+    effect on one node."""
+    folder: str = "/dev/shm"
+    """Folder of the copies on every node, in memory (tmpfs). Only this user can read them. Removed when the run ends without an
+    error."""

@@ -1,0 +1,1 @@
+"""Weighted sums of models: of two, or of the checkpoints of one run, as a new run."""
