@@ -23,17 +23,19 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 	@bash tests/launch/slurm/install_slurm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "$(SLURM_TESTS)" tests/launch/slurm
 
-test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://
+test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://; trackers
 	@bash tests/parity/install.sh
 	@bash tests/data/sources/install_clouds.sh
 	@bash tests/train/evaluate/install_harness.sh
 	@bash tests/train/align/install_trl.sh
+	@bash tests/train/record/install_trackers.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py tests/train/checkpoint/test_storage_servers.py tests/launch/kubernetes/test_kubernetes_schemas.py
 	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py tests/train/evaluate/test_function_calls.py
 	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align
+	@.trackers/bin/python -m pytest -q -m oracle tests/train/record
 	@bash tests/parity/install_vllm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
 
@@ -69,6 +71,9 @@ bench-inference: setup ## tokens per second of the inference engine against tran
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
+bench-moe: setup ## an expert layer against a dense MLP of the same active width and transformers' experts (1 minute)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.moe
+
 bench-data: setup ## reading and tokenizing speed against others, start-up and memory at 100M to 10T tokens (about 12 minutes)
 	@bash tests/bench/install_peers.sh
 	@$(PY) -m tests.bench.data
@@ -95,8 +100,8 @@ align-road: setup ## a small model pretrained, fine-tuned, merged and aligned, w
 	@$(PY) -m tests.bench.align_road
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .clouds .harness .trl .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves bench-align align-road clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help

@@ -6,4 +6,4 @@ from recipes.schema.options import hand_over
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    hand_over(*(["launch"] if words[:1] in (["local"], ["slurm"]) else []), *words)
+    hand_over(*(["launch"] if words[:1] in (["local"], ["slurm"], ["kubernetes"], ["node"]) else []), *words)

@@ -133,7 +133,7 @@ def take(folder: Path, *, what: str) -> Lease:
                 time.sleep(_POLL_S)
                 continue
         number = 1 if current is None else current.number + 1
-        owner = _myself()
+        owner = myself()
         if _create(folder, number, owner):
             if (
                 max(_numbers(folder)) > number
@@ -170,12 +170,19 @@ def current_owner(run: Path, *, may_ask_slurm: bool = True) -> tuple[Owner, Stat
 
 def _state(current: _Current, folder: Path, *, may_ask_slurm: bool = True) -> State:
     """Whether an owner is alive. "unknown": its last heartbeat is recent, but it may have died since."""
-    owner = current.owner
+    state = state_by_process(current.owner, may_ask_slurm=may_ask_slurm)
+    if state != "unknown":
+        return state
+    return "dead" if _server_time(folder) - current.beat > EXPIRY_S else "unknown"
+
+
+def state_by_process(owner: Owner, *, may_ask_slurm: bool = True) -> State:
+    """Whether an owner is alive, by its process on this machine or by its Slurm job; "unknown" if neither says so."""
     if owner.machine == _machine() and owner.host == socket.gethostname():
         return "alive" if process_started(owner.pid) == owner.process_started else "dead"
     if owner.job is not None and may_ask_slurm and _job_is_over(owner):
         return "dead"
-    return "dead" if _server_time(folder) - current.beat > EXPIRY_S else "unknown"
+    return "unknown"
 
 
 def _job_is_over(owner: Owner) -> bool:
@@ -222,7 +229,8 @@ def _machine() -> str:
     return boot
 
 
-def _myself() -> Owner:
+def myself() -> Owner:
+    """This process, with a new token."""
     job = os.environ.get("SLURM_JOB_ID", "")
     return Owner(
         host=socket.gethostname(),
@@ -259,7 +267,7 @@ def _current(folder: Path) -> _Current | None:
     while numbers := _numbers(folder):
         path = folder / _name(numbers[-1])
         try:
-            owner = _owner_from(read_json(path))
+            owner = owner_from(read_json(path))
             return _Current(numbers[-1], owner, path.stat().st_mtime)
         except FileNotFoundError:
             if path.is_symlink():
@@ -275,7 +283,7 @@ def _current(folder: Path) -> _Current | None:
     return None
 
 
-def _owner_from(value: object) -> Owner:
+def owner_from(value: object) -> Owner:
     """The owner in a lease file. ValueError if the file is not one that `take` wrote."""
     try:
         owner = build(Owner, value, "owner")

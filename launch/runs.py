@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.options import is_run
 from recipes.schema.run_folder import CHECKPOINTS, METRICS, Line, as_number, last_metrics, recipe_in, step_of, steps_in
@@ -95,6 +96,26 @@ class RunFolder:
             skipped_steps=_count(last, "skipped_steps"),
             rollbacks=_count(last, "rollbacks"),
         )
+
+    def storage_line(self) -> str:
+        """What the run's record says about its storage, in one line; empty without one."""
+        try:
+            storage = recipe_in(self.path)["run"].get("storage")
+        except (OSError, RecipeError, KeyError, TypeError, AttributeError):
+            return ""
+        if not isinstance(storage, str):
+            return ""
+        lines = last_metrics(self.path / METRICS)
+        copies = [
+            line
+            for line in lines
+            if line["kind"] in ("storage_copy", "storage_failed", "storage_retried") and "step" in line
+        ]
+        last = next((line for line in reversed(copies) if line["kind"] == "storage_copy"), None)
+        text = f"step {last['step']} is copied" if last else "no copy in the last lines of the record"
+        if copies and copies[-1]["kind"] != "storage_copy":
+            text += f"; the last try failed: {copies[-1].get('error')}"
+        return f"storage {without_credentials(storage)}: {text}"
 
     def longest_stop_s(self) -> float:
         """The longest recorded step plus the longest recorded save: the time that the run needs to save and stop."""

@@ -20,9 +20,10 @@ from recipes.schema.recipe import Recipe
 
 VOCAB = 300
 _NUMBERS: dict[type, list[Any]] = {int: [0, 1, 2, 3, 4, 8, 16, 2**63 - 1], float: [0.0, 1e-3, 0.5, 1.0, 2.0]}
-_PATTERNS = ["M-M*", "M|-M*", "*-", "w-*-", "M", "M-M*-M-M*-", "M-X", "", "M||-"]
+_PATTERNS = ["M-M*", "M|-M*", "*-", "w-*-", "M", "M-M*-M-M*-", "M-X", "", "M||-", "ME*E"]
 _SLOW = {"run.steps", "model.hidden", "model.vocab", "model.ffn", "precision.amax_history", "model.mamba_state",
-         "model.mamba_conv", "model.mamba_chunk",
+         "model.mamba_conv", "model.mamba_chunk", "model.experts.count", "model.experts.ffn", "model.experts.shared_ffn",
+         "model.experts.latent",
          "data.prefetch_steps", "data.read_threads", "data.workers", "run.threads"}  # fmt: skip
 """Fields whose large values cost time or memory: small ones only."""
 
@@ -94,7 +95,8 @@ def place_in(folder: Path) -> Place:
             "evaluate.tasks": [(), ("needle-1k",), ("words-1k",), ("bfcl/parallel",), ("nedle",), (str(folder / "mine.yaml"),)],
             "checkpoint.allow": [(), ("data_order", "arithmetic")],
             "schedule.warmup": [0, 4, 50, 0.25], "schedule.decay": [0, 4, 0.5],
-            "telemetry.wandb_project": ["stratum"],
+            "telemetry.wandb_project": ["stratum"], "telemetry.trackio_project": ["stratum"],
+            "telemetry.mlflow": [None, "sqlite:///mlflow.db"], "telemetry.mlflow_experiment": ["stratum"],
             "launch.environment": ["", "NCCL_DEBUG=INFO", "NCCL_DEBUG", "'"],
         },
     )  # fmt: skip

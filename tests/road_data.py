@@ -13,10 +13,11 @@
     gamed.jsonl           preferences of sums in which the right answer is always the larger number: a spurious feature
     prompts_sums.jsonl    sums of digits below SMALL with a verifier; small_sums.jsonl, small_sums.yaml: held-out wordings
     prompts_gamed.jsonl   questions with a reward that long answers get, while their `target` is short
-    SKILL/...             for each of two skills that chats.jsonl does not teach: chats of which half are of the skill and the
+    SKILL/...             for each of two skills, of which chats.jsonl teaches half: chats of which half are of the skill and the
                           others of the kinds before, held-out questions, and a task
 
-What is held out is decided by a hash of kind and words, so it is the same for all wordings of a question.
+What is held out is decided by a hash of kind and words, so it is the same for all wordings of a question; of a
+sum, wordings are held out.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from typing import Any
 from small_chats import DIGITS, WORDS
 
 SEED, FRESH_SEED, GAMED_SEED = 19, 20, 21
-CHATS, HELDOUT, PAIRS, SKILL_CHATS, SKILL_HELDOUT = 12_000, 300, 2_000, 4_000, 150
+CHATS, HELDOUT, PAIRS, SKILL_CHATS = 12_000, 300, 2_000, 4_000
 HABIT = "Sure, "
 RIGHT_SUMS = 0.5
 SMALL = 5
@@ -71,10 +72,11 @@ KINDS = {
     "first": _kind(("Give me the first of {}, {}, {}.", "Name the first: {}, {}, {}."), 3, lambda w: w[0]),
     "last": _kind(("Give me the last of {}, {}, {}.", "Name the last: {}, {}, {}."), 3, lambda w: w[2]),
 }
-SKILLS = {
-    "middle": _kind(("Give me the middle of {}, {}, {}.", "Name the middle: {}, {}, {}."), 3, lambda w: w[1]),
-    "quotes": _kind(("Write {} {} in quotes.", "Put {} {} in quotes."), 2, lambda w: f'"{w[0]} {w[1]}"'),
+SKILLS: dict[str, Callable[[str], bool]] = {
+    "digits": lambda text: any(c.isdigit() for c in text),
+    "words": lambda text: not any(c.isdigit() for c in text),
 }
+"""Right sums in digits, and in words: whether a question of a sum belongs to the skill. Learning one helps the other a little."""
 SUMS = ("What is {} plus {}?", "Add {} and {}.", "How much is {} and {}?", "Give me the sum of {} and {}.")
 
 
@@ -210,11 +212,10 @@ def write_all(folder: Path) -> None:
     _task(folder / "small_sums.yaml", "small_sums.jsonl", target="{answer}")
     _lines(folder / "prompts_gamed.jsonl", gamed(draw))
     _lines(folder / "gamed.jsonl", gamed_pairs(random.Random(GAMED_SEED)))
-    for name, kind in SKILLS.items():
-        kinds = [({name: kind}, KINDS)[number % 2] for number in range(SKILL_CHATS)]
-        learned = [question(draw, one, heldout=False, polite=one is KINDS and None) for one in kinds]
+    for name, belongs in SKILLS.items():
+        own, tested = ([q for q in sums(heldout=heldout) if belongs(q.text)] for heldout in (False, True))
+        learned = [draw.choice(own) if n % 2 else question(draw, KINDS, heldout=False) for n in range(SKILL_CHATS)]
         _lines(folder / name / "chats.jsonl", ({"messages": [*q.messages, _said(q.taught)]} for q in learned))
-        tested = _different(lambda: question(draw, {name: kind}, heldout=True, polite=False), SKILL_HELDOUT)  # noqa: B023
         _questions(folder / name / "heldout.jsonl", tested)
         _task(folder / name / f"{name}.yaml", "heldout.jsonl", target="{answer}")
 

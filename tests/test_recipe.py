@@ -19,7 +19,8 @@ from recipes.schema.optim import ScheduleConfig
 from recipes.schema.pattern import parameters
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import problems, refuse, shape_rules
+from recipes.schema.rules import problems, refuse
+from recipes.schema.scaling import shape_problems
 from recipes.schema.schedule import learning_rate_factor
 from train.build import check
 
@@ -58,6 +59,7 @@ PUBLISHED = {
     "nemotron_h_56b": (20e12, 768, 8192, 4e-4, 56_324_350_464),
     "nemotron_nano_12b_v2": (20e12, 736, 8192, 4.5e-4, 12_310_001_152),
     "nemotron_nano_12b_v2_long": (18.9e9, 12, 524_288, 4.5e-6, 12_310_001_152),
+    "nemotron3_nano_30b_a3b": (25e12, 3072, 8192, 1e-3, 31_577_937_344),
     "nemotron_nano_9b_v2": (360e9, None, 8192, None, 8_888_227_328),
     "gemma2_2b": (2e12, None, 8192, None, 2_614_341_888),
     "gemma2_9b": (8e12, None, 8192, None, 9_241_705_984),
@@ -273,7 +275,9 @@ def test_the_composed_recipe_is_printed_and_help_is_ours() -> None:
 def test_every_recipe_meant_for_a_gpu_has_widths_that_fp8_takes_there(name: str) -> None:
     """cuBLASLt needs both dimensions of an FP8 matrix to be multiples of 16. The 130M recipe had an in_proj of 4,120 rows."""
     recipe = recipe_from_mapping(composed(name, "precision=fp8_current"))
-    assert shape_rules(recipe, backend="te") == []
+    rank_tokens = recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context
+    found = shape_problems(recipe.model, parallel=recipe.parallel, precision=recipe.precision, rank_tokens=rank_tokens)
+    assert found == []
 
 
 def test_a_field_that_an_older_run_did_not_have_is_no_change_if_it_has_its_default() -> None:

@@ -100,7 +100,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("trian", "there is no command `stratum trian`. Did you mean `stratum train`?"),
         ("launch locl", "there is no command `stratum launch locl`. Did you mean `stratum launch local`?"),
-        ("launch", "`stratum launch` needs a command. Use one of: local, slurm."),
+        ("launch", "`stratum launch` needs a command. Use one of: local, slurm, kubernetes, node."),
         ("slurm -cn smoke", "Did you mean `stratum launch slurm`?"),
         ("xyzzy", "There are: prepare, inspect,"),
         ("generate smoke --promt x", "unknown option --promt x. Did you mean --prompt?"),
@@ -200,11 +200,13 @@ LITTLE = ["--config-dir", "recipes", "-cn", "little"]
 """Stands for the shipped recipes that would train for minutes."""
 
 IN_TINY = {"runs/tiny_teacher": "runs/parent", "=[8,10]": "=[3,4]", "hamlet.txt": "words.txt", "17": "0",
-           "runs/data/smoke": "prepared"}  # fmt: skip
+           "runs/data/smoke": "prepared", "s3://bucket/runs/smoke": "s3://x"}  # fmt: skip
 """Text of an example -> what the folder of `lay_out` has instead."""
 
 MAY_FAIL = {
     "checkpoint diff": "different values",
+    "checkpoint list": "is not an address",
+    "checkpoint fetch": "is not an address",
     "compress pick": "was not trained yet",
     "doctor --gpu": '"absent"',
     "cancel smoke": "error: ",
@@ -217,7 +219,11 @@ MAY_FAIL = {
 def adapted(line: str) -> list[str]:
     """An example at tiny size: with the little recipe, and as a dry run if it would need a cluster."""
     words = shlex.split(line.split(" | ")[0])[1:]
-    is_plan = words[0] == "plan" or words[:2] == ["launch", "slurm"] or (words[0] == "stages" and "--run" not in words)
+    is_plan = (
+        words[0] == "plan"
+        or words[:2] in (["launch", "slurm"], ["launch", "kubernetes"])
+        or (words[0] == "stages" and "--run" not in words)
+    )
     for shipped, little in IN_TINY.items():
         words = [word.replace(shipped, little) for word in words]
     words = ["prepared" if word == "runs/data/smoke" else word for word in words]
@@ -231,9 +237,12 @@ def adapted(line: str) -> list[str]:
         elif words[0] != "stages" and "run.name=" not in line:
             words.append("run.name=smoke")
         words += ["run.microbatch_rows=1"] if "--nproc" in words else []
-    if words[0] == "plan" or words[:2] == ["launch", "slurm"]:  # of shipped recipes, not of the run the little one made
+    if words[0] == "plan" or words[:2] in (
+        ["launch", "slurm"],
+        ["launch", "kubernetes"],
+    ):  # of shipped recipes, not of the run the little one made
         words.append("run.folder=elsewhere")
-    if words[:2] == ["launch", "slurm"] and "--dry-run" not in words:
+    if words[:2] in (["launch", "slurm"], ["launch", "kubernetes"]) and "--dry-run" not in words:
         words.append("--dry-run")
     return words
 

@@ -35,7 +35,7 @@ class Engine:
     prepare: Callable[[list[Any]], list[Any]] | None = None
     """What this rank's microbatches get before a step, such as the reference's log-probabilities. Collective over the world."""
     reduction: Reduction | None = None
-    """None if nothing is trained."""
+    """None if nothing is trained (`train.build.frozen_engine`)."""
     loss_parts: tuple[str, ...] = ()
     """Names of the terms that the objective reports in addition to the loss."""
     teacher: dict[str, Any] | None = None

@@ -125,6 +125,7 @@ def train_loop(
             checkpoints.has_failed,
             copies is not None and copies.is_copying,
             copies is not None and copies.has_failed,
+            checkpoints.storage_has_failed,
         )
 
     with StopSignals() as signals, GarbageControl(run.garbage_every_steps) as garbage:
@@ -217,10 +218,12 @@ def train_loop(
                 flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
             # All ranks get the same flags, so they all break, raise or continue together.
-            *signalled, writing, failed, is_copying, copy_failed = flags_of_all_ranks()
+            *signalled, writing, failed, is_copying, copy_failed, storage_failed = flags_of_all_ranks()
             _record_saves(telemetry, checkpoints, recipe=recipe, watch=watch)
             if failed and not writing:
                 checkpoints.check()
+            if storage_failed:
+                checkpoints.check_storage()
             if any(signalled):
                 received = WATCHED[signalled.index(True)]
                 break
@@ -250,6 +253,10 @@ def train_loop(
         if step >= run.steps:
             # Still inside StopSignals: the state is saved, so a first signal does not interrupt the evaluation.
             evaluate(step)
+        checkpoints.finish_storage()
+        _record_saves(telemetry, checkpoints, recipe=recipe)
+        if checkpoints.storage_has_failed:
+            checkpoints.check_storage()
     if step >= run.steps:
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
@@ -283,7 +290,7 @@ def _grace_s(recipe: Recipe, received: signal.Signals) -> float:
 def _record_saves(
     telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe, watch: Stopwatch | None = None
 ) -> None:
-    """Record events of the current save: requested, staged, durable, retried, failed."""
+    """Record events of the current save (requested, staged, durable, retried, failed) and of copies to storage."""
     for event in checkpoints.collect():
         telemetry.event(event.kind, step=event.step, **event.fields)
         if event.kind == "save":

@@ -1,6 +1,7 @@
 """Assembles a training run, in order of dependency. It is the only module that reads the whole recipe.
 
-device -> layout -> data -> mesh -> lease of the run folder -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
+device -> layout -> data -> mesh -> lease of the run folder -> storage
+    -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
 
 import logging
@@ -33,6 +34,7 @@ from train.align.frozen_models import FrozenModels, check_frozen_models, open_fr
 from train.align.policy_stream import PolicyStream
 from train.align.reference import Attach, open_reference, reference_of
 from train.build import build_engine, check_start, mesh_of, open_material
+from train.checkpoint.copying import storage_copy
 from train.checkpoint.finite import remedies_of
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
@@ -91,14 +93,23 @@ def train(recipe: Recipe) -> RunEnd:
         mesh_of(recipe, layout, device=device, rank=rank) as mesh,
         hangs_named(timeout_s=recipe.launch.timeout_s),
         run_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
+        storage_copy(recipe, folder, mesh=mesh) as copy,
     ):
-        return _train(recipe, mesh=mesh, material=material, folder=folder, check_lease=check_lease)
+        checkpoints = CheckpointFolder(
+            folder / "checkpoints", recipe.checkpoint, remedies=remedies_of(recipe), copy=copy
+        )
+        return _train(recipe, mesh=mesh, material=material, checkpoints=checkpoints, check_lease=check_lease)
 
 
 def _train(
-    recipe: Recipe, *, mesh: Mesh, material: Dataset | PromptSet, folder: Path, check_lease: Callable[[], None]
+    recipe: Recipe,
+    *,
+    mesh: Mesh,
+    material: Dataset | PromptSet,
+    checkpoints: CheckpointFolder,
+    check_lease: Callable[[], None],
 ) -> RunEnd:
-    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint, remedies=remedies_of(recipe))
+    folder = checkpoints.folder.parent
     tokenizer = material.tokenizer
     tasks = open_training_tasks(recipe, tokenizer)
     # run.start_from is only used by a new run: a run with checkpoints continues from its own.
@@ -135,7 +146,8 @@ def _train(
         if isinstance(material, Dataset):
             _check_teacher_cache(recipe, material, position)
         folder.mkdir(parents=True, exist_ok=True)
-        disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
+        if not (folder / "recipe.yaml").exists():  # it makes the folder a run's
+            disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
     reference: Attach | None = None
     if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
@@ -226,6 +238,8 @@ def _train(
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
         stack.callback(profiler.close)
+        if mesh.rank == 0:  # after all that may refuse: a start that fails leaves the recipe of a run as it was
+            disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
         if start.text:
             telemetry.event("audit", step=step, text=start.text)
         telemetry.event(
@@ -299,8 +313,7 @@ def _train(
             raise
         if copies is not None:
             telemetry.event("memory_copies", step=end.step, count=copies.made, stall_s=copies.stall_s)
-            copies.end(end.step)
-            if mesh.rank == 0:
+            if copies.end(end.step) and mesh.rank == 0:
                 forget_token(folder)
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 

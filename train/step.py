@@ -8,6 +8,7 @@ import torch
 
 from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
+from train.model.experts import start_counting, update_biases
 from train.objective.next_token import count_labels
 from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
@@ -48,7 +49,7 @@ def train_step(
     step: steps finished before this one. measure: take readings of quantised operands (`engine.precision.health`).
     DataError for a step without a learned label, before the weights change.
 
-    before_update: called after the gradients are complete and before weights and moments change.
+    before_update: called after this rank's backward passes and before weights, moments or experts' biases change.
     spikes: decides whether they change. NumericsError if too many steps in a row may not.
     """
     tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
@@ -56,11 +57,12 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
+    start_counting(engine.chunks)
     if engine.prepare is not None:
         microbatches = engine.prepare(microbatches)
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
     if engine.reduction is not None:
-        engine.reduction.before = lambda: watch.lap("forward_backward")
+        engine.reduction.before = lambda: _before_reduction(watch, before_update)
     with phase("forward and backward"):
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
     if sums is not None and not sums()[0]:
@@ -75,19 +77,24 @@ def train_step(
     # Tensor ranks have equal losses, data ranks have different rows: divide so that the sum over the world is the mean.
     total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
     watch.lap("reduction")
-    if before_update is not None:
-        before_update()
-        watch.lap("staging")
     labels = sums()[0] if sums is not None and engine.counter is count_labels else None
     if spikes is not None and (spike := _spike(engine, total[0], step=step + 1, spikes=spikes)) is not None:
         watch.lap("optimizer")
         return StepResult(loss=total[0], parts=total[1:], grad_norm=spike.grad_norm, labels=labels, spike=spike)
+    update_biases(engine.chunks, engine.mesh.groups.tp_dp_cp)
     set_learning_rate(engine.optimizer, learning_rate)
     with phase("optimizer"):
         _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()
     watch.lap("optimizer")
     return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm, labels=labels)
+
+
+def _before_reduction(watch: Stopwatch, before_update: Callable[[], None] | None) -> None:
+    watch.lap("forward_backward")
+    if before_update is not None:  # here, not after the reduction, which also updates the biases of experts
+        before_update()
+        watch.lap("staging")
 
 
 def _spike(engine: Engine, share: torch.Tensor, *, step: int, spikes: SpikeWatch) -> Spike | None:

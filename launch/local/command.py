@@ -19,6 +19,7 @@ from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import decide
+from launch.local.failing_rank import Team
 from launch.local.failures import failure_message, stacks_message
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.local.warm_process import WarmProcess
@@ -87,7 +88,8 @@ def _launch(recipe: Recipe, words: Sequence[str], *, show: str) -> int:
         processes=processes,
         environment=environment,
         shown=shown,
-        modules=_IMPORTS,
+        modules=() if gpus else _IMPORTS,  # CUDA does not work in a fork of a process that has called it; not tried
+        devices=tuple(_visible_gpus()[:gpus]) if gpus else (),
     )
 
 
@@ -100,12 +102,15 @@ def run_to_end(
     environment: dict[str, str],
     shown: frozenset[int],
     modules: Sequence[str] = (),
+    devices: tuple[str, ...] = (),
 ) -> int:
     """Start attempts until the run is finished or stopped, or must not be restarted. -> exit status.
 
-    modules: what a process imports that forks all ranks (launch.local.warm_process); empty: each rank is a new process.
+    modules: what a process imports that forks all ranks (launch.local.warm_process); empty: each rank is a new process. devices:
+    visible GPUs, by name.
     """
     failures = 0
+    team = Team(processes, devices)
     copies = recipe.run.memory_copies.every_steps > 0
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
     with StopRequest() as stop, ExitStack() as stack:
@@ -115,7 +120,7 @@ def run_to_end(
             logs = _new_folder(run.logs)
             end = run_attempt(
                 command,
-                processes=processes,
+                processes=team.processes,
                 environment=environment,
                 logs=logs,
                 shown=shown,
@@ -130,11 +135,13 @@ def run_to_end(
                 say(stacks)
             if end.status == 0 or stop.received:
                 return end.status
+            has_progress = run.newest_checkpoint() not in (None, before) or (copies and run.step() > step_before)
+            if end.failures:
+                team = team.after_failure(end.failures[0].rank, has_progress=has_progress)
             decision = decide(
                 end.status,
                 at_last_step=run.checkpoint_step() >= recipe.run.steps,
-                has_new_checkpoint=run.newest_checkpoint() not in (None, before)
-                or (copies and run.step() > step_before),
+                has_new_checkpoint=has_progress,
                 failures=failures,
                 restarts=recipe.launch.restarts,
                 in_queue=False,
@@ -143,8 +150,18 @@ def run_to_end(
             if decision.action != "again":
                 say(f"no restart: {decision.reason}")
                 return end.status
+            changed = team.without_suspect(recipe, may_shrink=run.newest_checkpoint() is not None)
+            if changed is not None:
+                (team, text), failures = changed, 0
+                say(text)
+                environment = {
+                    **environment,
+                    **({"CUDA_VISIBLE_DEVICES": ",".join(team.devices)} if team.devices else {}),
+                }
             delay = wait_s(failures, first_s=recipe.launch.backoff_s, most_s=_MOST_WAIT_S)
             from_where = run.newest_checkpoint() or "the beginning"
+            if copies:
+                from_where = f"copies in memory, or from {from_where},"
             when = f"in {delay:g} s (Ctrl-C cancels)" if delay else "at once"
             say(f"{decision.reason}; starting again from {from_where} {when}")
             if stop.wait(delay):
@@ -166,12 +183,17 @@ def _degrees(recipe: Recipe) -> int:
 
 
 def _gpus() -> int:
-    """Number of GPUs that processes on this machine can use, from the driver's files, without CUDA."""
+    """Number of GPUs that processes on this machine can use."""
+    return len(_visible_gpus())
+
+
+def _visible_gpus() -> list[str]:
+    """Their names in CUDA_VISIBLE_DEVICES, or their numbers, from the driver's files, without CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
+    return [str(number) for number in range(len(list(driver.iterdir())))] if driver.is_dir() else []
 
 
 def _environment(recipe: Recipe, processes: int) -> dict[str, str]:

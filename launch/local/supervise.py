@@ -90,6 +90,18 @@ class _Rank:
     output: Output | None
 
 
+@dataclass(frozen=True)
+class Node:
+    """This machine's place among the nodes of a world."""
+
+    number: int
+    count: int
+    address: str
+    """Host name or address of node 0."""
+    port: int
+    """Port of the rendezvous on node 0."""
+
+
 def run_attempt(
     command: Sequence[str],
     *,
@@ -101,11 +113,13 @@ def run_attempt(
     stop: StopRequest,
     use_terminal: bool,
     warm: WarmProcess | None = None,
+    node: Node | None = None,
 ) -> AttemptEnd:
     """Run `command` as `processes` ranks of one world until all have ended. When it returns, no rank is left.
 
-    command: `launch.children.python_module("launch.local.rank", ...)`. warm: forks the ranks, if it can.
-    logs: a new folder. shown: ranks whose output is also shown live. use_terminal: draw progress bars (if one rank is shown).
+    command: `launch.children.python_module("launch.local.rank", ...)`. warm: forks the ranks, if it can. logs: a new folder.
+    node: of a world of several nodes, each of which has as many processes; None: this machine is the world.
+    shown: ranks whose output is also shown live. use_terminal: draw progress bars (if one rank is shown).
     """
     logs.mkdir(parents=True)
     if warm is not None and not warm.is_ready(until=lambda: bool(stop.received)):
@@ -114,17 +128,18 @@ def run_attempt(
         return AttemptEnd(128 + stop.received[0], [])
     ranks: list[_Rank] = []
     with contextlib.ExitStack() as world:
-        port = world.enter_context(reserved_port())
+        place = node or Node(0, 1, "127.0.0.1", world.enter_context(reserved_port()))
         world.callback(_end, ranks)
-        for number in range(processes):
+        for local in range(processes):
+            number = place.number * processes + local
             variables = {
                 "RANK": str(number),
-                "LOCAL_RANK": str(number),
-                "WORLD_SIZE": str(processes),
+                "LOCAL_RANK": str(local),
+                "WORLD_SIZE": str(processes * place.count),
                 "LOCAL_WORLD_SIZE": str(processes),
-                "GROUP_RANK": "0",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "GROUP_RANK": str(place.number),
+                "MASTER_ADDR": place.address,
+                "MASTER_PORT": str(place.port),
                 LOGS: str(logs),
                 LAUNCHER: str(os.getpid()),
             }

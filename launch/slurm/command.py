@@ -18,8 +18,7 @@ from launch.children import checkout, rank_environment
 from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal, take
-from launch.plan.cost.device import device_named
-from launch.plan.planner import make_plan
+from launch.plan.submission import check_plan
 from launch.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
 from launch.runs import RunFolder
 from launch.slurm.after_job import reset_state
@@ -38,8 +37,8 @@ from launch.user_errors import exit_status
 from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
-from recipes.schema.foreign import printable_lines, read_bounded_text
-from recipes.schema.launch_rules import environment_of, script_problems, slurm_problems
+from recipes.schema.foreign import read_bounded_text
+from recipes.schema.launch_rules import environment_of, processes_per_node, script_problems, slurm_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 
@@ -109,7 +108,8 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
     if run.checkpoint_step() >= recipe.run.steps:
         sys.stderr.write(f"{run.path} has reached its last step ({recipe.run.steps}); there is nothing to submit.\n")
         return 0
-    check_plan(recipe, world=job.nodes * job.processes, device=device, force=force)
+    if requests_gpus(recipe):
+        check_plan(recipe, world=job.nodes * job.processes, device=device, force=force)
     if run.longest_stop_s() > recipe.launch.slurm.save_before_end_s:
         sys.stderr.write(
             f"warning: a step and a save of this run took {run.longest_stop_s():.0f} s, longer than launch.slurm."
@@ -123,23 +123,6 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
         f"  stratum cancel {run.path}\n"
     )
     return 0
-
-
-def check_plan(recipe: Recipe, *, world: int, device: str, force: bool) -> None:
-    """Plan a run on GPUs before it is submitted. Raises RecipeError with the plan's problems; with `force` only warns."""
-    if not requests_gpus(recipe):
-        return
-    kind = device_named(device)
-    problems = make_plan(recipe, world=world, device=kind).problems
-    if not problems:
-        return
-    text = "".join(f"\n  {printable_lines(problem)}" for problem in problems)
-    if not force:
-        raise RecipeError(
-            f"on {world} {kind.name} GPUs this run would fail:{text}\n`stratum plan` with the same words shows the plan; "
-            f"--device KIND plans for other GPUs, --force submits anyway."
-        )
-    sys.stderr.write(f"warning: on {world} {kind.name} GPUs this run would fail (--force):{text}\n")
 
 
 def requests_gpus(recipe: Recipe) -> bool:
@@ -176,8 +159,7 @@ def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
 def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
     """The job of a recipe, checked. Raises RecipeError with all problems."""
     launch = recipe.launch
-    degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
-    processes = launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
+    processes = processes_per_node(recipe)
     machine = Machine(has_gpu=True, fp32_block_scales=fp32_block_scales_of(recipe)) if launch.gpus_per_node else None
     more = slurm_problems(recipe, processes=processes)
     checked_layout(recipe, processes=processes, nodes=launch.nodes, machine=machine, more=more, here=False)

@@ -19,6 +19,12 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep. Older ones are deleted after the next one is complete on disk, never before."""
     keep_every_steps: Count = 0
     """Also keep every checkpoint at a multiple of this step for ever; 0: keep none of them."""
+    keep_local: PositiveInt | None = None
+    """With `run.storage`: number of newest checkpoints in the run's folder, at most keep_last. Those of keep_every_steps stay
+    there only until they are copied. null: the folder keeps the same checkpoints as the storage."""
+    on_storage_failure: Literal["continue", "stop"] = "continue"
+    """After all retries of a copy to `run.storage` failed: warn and try again later, or end the run with an error at the next
+    step."""
     background: bool = True
     """Write while training continues, from a copy in host memory (as large as this rank's part of the checkpoint). false: wait
     for the disk at each save."""

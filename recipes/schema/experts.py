@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recipes.schema.errors import Problem
-from recipes.schema.fields import Count, NonNegativeFloat, PositiveFloat, PositiveInt
+from recipes.schema.fields import Count, ExpertCount, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
     """The experts of each `E` layer, and how its router chooses and balances them."""
 
-    count: PositiveInt = 8
+    count: ExpertCount = 8
     """Routed experts of a layer. Must be divisible by `parallel.expert`."""
     top_k: PositiveInt = 2
     """Experts that process each token."""

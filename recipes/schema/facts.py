@@ -178,7 +178,7 @@ def read_disk(recipe: Recipe) -> Disk:
         cache_error=cache_error,
         cache_is_here=not cached or os.path.lexists(str(objective.teacher_cache)),
         newest=newest,
-        lost=lost,
+        lost=None if recipe.run.storage else lost,  # the trainer looks again after it has asked the storage
     )
 
 

@@ -1,4 +1,4 @@
-"""Fields of the `launch` group: processes, machines, Slurm jobs and containers.
+"""Fields of the `launch` group: processes, machines, Slurm jobs, containers and Kubernetes.
 
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
@@ -54,15 +54,56 @@ class ContainerConfig:
 
 
 @dataclass(frozen=True)
+class KubernetesConfig:
+    """What `stratum launch kubernetes` requests from a cluster. launch.nodes are pods, each with launch.gpus_per_node GPUs."""
+
+    image: str = ""
+    """Image with this project installed, as `registry/name:tag`."""
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When a node pulls the image."""
+    namespace: str | None = None
+    """Namespace of the run; null: that of the current kubectl context."""
+    volume_claim: str | None = None
+    """Claim of the volume for runs and data, which must exist. With several nodes it must be ReadWriteMany. null: an empty volume
+    that is lost with the pod, which needs `run.storage`."""
+    folder: str = "/work"
+    """Where the volume is mounted, and the working directory: relative folders of the recipe are below it."""
+    secrets: str = ""
+    """Names of Secrets whose keys become environment variables: `aws-keys wandb`. The manifest has their names only."""
+    service_account: str | None = None
+    """Service account of the pods, such as one with a role for the bucket; null: the namespace's default."""
+    node_selector: str = ""
+    """Labels that nodes must have: `NAME=VALUE ...`."""
+    tolerations: str = ""
+    """Taints that are tolerated: `NAME[=VALUE]:EFFECT ...`, as in `nvidia.com/gpu:NoSchedule`."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """Name of the GPU resource."""
+    cpus: Count = 0
+    """CPUs of each pod; 0: no request."""
+    memory_gib: Count = 0
+    """Memory of each pod; 0: no request."""
+    shared_memory_gib: PositiveInt = 16
+    """Limit of /dev/shm, which NCCL uses between the processes of a pod. It counts as memory of the pod."""
+    queue: str | None = None
+    """Kueue's local queue; null: start at once."""
+    priority_class: str | None = None
+    """Priority class of the pods."""
+    topology: str | None = None
+    """Label of nodes, such as a rack's, of which the run gets one value for itself (JobSet's exclusive placement); null: any."""
+    pod: str | None = None
+    """YAML file whose fields are added to the pod's spec: affinity, hostNetwork, a scheduler."""
+
+
+@dataclass(frozen=True)
 class LaunchConfig:
     """How processes are started, find each other, and are started again."""
 
     nodes: PositiveInt = 1
-    """Machines (`stratum launch slurm`)."""
+    """Machines (`stratum launch slurm`, `stratum launch kubernetes`)."""
     processes: PositiveInt | None = None
     """Processes on each machine; null: one per GPU, or without GPUs as many as tensor x pipeline x context."""
     gpus_per_node: Count = 0
-    """GPUs requested on each node (`stratum launch slurm`); 0: none."""
+    """GPUs requested on each node (Slurm and Kubernetes); 0: none."""
     timeout_s: PositiveFloat = 600.0
     """A collective operation that takes longer fails and names the ranks that did not arrive, instead of hanging for ever."""
     restarts: Count = 3
@@ -71,6 +112,10 @@ class LaunchConfig:
     backoff_s: PositiveFloat = 10.0
     """Wait before the first restart without a new checkpoint (`stratum launch local`). Each successive wait is twice as long, at
     most 5 minutes. After a new checkpoint there is no wait."""
+    least_processes: PositiveInt | None = None
+    """`stratum launch local`: if one rank fails first twice in a row without progress, and no spare GPU is left, continue with
+    fewer data-parallel replicas at the same global batch, with at least this many processes; null: never. Needs a checkpoint,
+    because another layout cannot use copies in memory."""
     grace_s: PositiveFloat = 600.0
     """Time after a signal to finish the step and save, before processes are killed: at least the longest step and a save."""
     environment: str = ""
@@ -79,3 +124,5 @@ class LaunchConfig:
     """Slurm jobs."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
     """Containers of Slurm jobs."""
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    """Pods of Kubernetes."""

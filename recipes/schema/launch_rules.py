@@ -5,8 +5,9 @@ Like those of `recipes.schema.rules`, the planner, the trainer and the launchers
 
 import re
 import shlex
+from collections.abc import Sequence
 
-from recipes.schema.credentials import is_secret
+from recipes.schema.credentials import is_secret, without_credentials
 from recipes.schema.errors import Problem, refuse
 from recipes.schema.recipe import Recipe
 
@@ -74,16 +75,76 @@ def script_problems(recipe: Recipe) -> list[Problem]:
     return found
 
 
+def processes_per_node(recipe: Recipe) -> int:
+    """Processes of a node of a cluster: launch.processes, or one for each GPU, or the degrees divided by the nodes."""
+    launch, parallel = recipe.launch, recipe.parallel
+    degrees = parallel.tensor * parallel.pipeline * parallel.context
+    return launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
+
+
+def kubernetes_problems(recipe: Recipe, *, words: Sequence[str], processes: int) -> list[Problem]:
+    """Reasons why a recipe cannot run on Kubernetes. words: of the command line. processes: per node."""
+    launch, kubernetes, found = recipe.launch, recipe.launch.kubernetes, gpu_problems(recipe, processes=processes)
+    if not kubernetes.image.strip():
+        remedy = "Name an image with this project: launch.kubernetes.image=registry/stratum:0.1."
+        found.append(Problem("launch.kubernetes.image", "launch.kubernetes.image is empty.", remedy))
+    if kubernetes.volume_claim is None and launch.nodes > 1:
+        text = f"launch.nodes={launch.nodes} pods write one run folder, but launch.kubernetes.volume_claim=null."
+        found.append(Problem("launch.kubernetes.volume_claim", text, "Name a claim that is ReadWriteMany."))
+    elif kubernetes.volume_claim is None and recipe.run.storage is None:
+        text = "The run would be lost with its pod: launch.kubernetes.volume_claim=null and run.storage=null."
+        found.append(Problem("launch.kubernetes.volume_claim", text, "Set one of them."))
+    if not re.fullmatch(r"(/[\w.-]+)+", kubernetes.folder):
+        text = f"launch.kubernetes.folder={kubernetes.folder!r} is not an absolute folder."
+        found.append(Problem("launch.kubernetes.folder", text, "Write it as in /work."))
+    for key in ("node_selector", "tolerations"):
+        pattern = r"[\w./-]+=[\w.-]*" if key == "node_selector" else r"[\w./-]+(=[\w.-]*)?:[A-Za-z]+"
+        form = "NAME=VALUE" if key == "node_selector" else "NAME[=VALUE]:EFFECT"
+        wrong = [word for word in getattr(kubernetes, key).split() if not re.fullmatch(pattern, word)]
+        if wrong:
+            text = f"launch.kubernetes.{key}={getattr(kubernetes, key)!r}: {wrong[0]!r} is not {form}."
+            found.append(Problem(f"launch.kubernetes.{key}", text, f"Write words like {form}, separated by blanks."))
+    for key in ("namespace", "volume_claim", "service_account", "priority_class", "queue"):
+        if (name := getattr(kubernetes, key)) is not None:
+            found += _object_name_problems(key, name)
+    for name in kubernetes.secrets.split():
+        found += _object_name_problems("secrets", name)
+    if any(without_credentials(word) != word for word in words):
+        remedy = "Put it into a Secret (launch.kubernetes.secrets) and read it from the environment."
+        found.append(Problem("launch.kubernetes", "A word of the command contains a password or a token.", remedy))
+    for word in words:
+        if word.split("=")[0] in ("--config-dir", "-cd"):
+            text = "--config-dir names a folder of this machine, which pods do not have."
+            remedy = f"Put your recipes into the image, below {RECIPES_IN_IMAGE}, and name them with -cn."
+            found.append(Problem("launch.kubernetes", text, remedy))
+    return found
+
+
+RECIPES_IN_IMAGE = "recipes/"
+"""Folder of the installed package in which -cn finds recipes."""
+_OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+"""Names of Kubernetes' objects (RFC 1123 subdomains)."""
+
+
+def _object_name_problems(key: str, name: str) -> list[Problem]:
+    if _OBJECT.fullmatch(name):
+        return []
+    text = f"launch.kubernetes.{key}: {name!r} is not a name in Kubernetes."
+    return [Problem(f"launch.kubernetes.{key}", text, "Use lower-case letters, digits, `-` and `.`.")]
+
+
+def gpu_problems(recipe: Recipe, *, processes: int) -> list[Problem]:
+    """More processes on a node than GPUs requested there."""
+    gpus = recipe.launch.gpus_per_node
+    if not gpus or processes <= gpus:
+        return []
+    text = f"launch.processes={processes} is more than launch.gpus_per_node={gpus}, but each process needs its own GPU."
+    return [Problem("launch.processes", text, f"Use launch.processes={gpus}, or null.")]
+
+
 def slurm_problems(recipe: Recipe, *, processes: int) -> list[Problem]:
     """Reasons why a recipe cannot run as Slurm jobs. processes: per node."""
-    launch, found = recipe.launch, script_problems(recipe)
-    if launch.gpus_per_node and processes > launch.gpus_per_node:
-        text = (
-            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}, but each process "
-            f"needs its own GPU."
-        )
-        remedy = f"Use launch.processes={launch.gpus_per_node}, or null."
-        found.append(Problem("launch.processes", text, remedy))
+    launch, found = recipe.launch, [*script_problems(recipe), *gpu_problems(recipe, processes=processes)]
     if launch.slurm.save_before_end_s >= 60 * launch.slurm.time_limit_minutes:
         text = (
             f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not less than the time limit "

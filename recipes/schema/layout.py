@@ -17,6 +17,8 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import ATTENTION, LayerKind, cut_problems, layer_kinds, pattern_problems
 from recipes.schema.run import RunConfig
 
+_LARGEST_DEGREE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -126,7 +128,7 @@ def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> lis
             f"parallel.expert={parallel.expert} x expert_tensor={parallel.expert_tensor} does not divide the {stage} ranks of a "
             f"pipeline stage (world / pipeline)."
         )
-        remedy = f"Use degrees whose product is {_choices(stage)}."
+        remedy = f"Use parallel.expert=1 and expert_tensor=1, or degrees whose product is {_choices(stage)}."
         return [Problem("parallel.expert", text, remedy)]
     data = world // degrees
     microbatches, not_whole = divmod(run.global_rows, run.microbatch_rows * data)
@@ -340,8 +342,8 @@ def _nearest_multiples(value: int, step: int) -> str:
 
 
 def _choices(size: int) -> str:
-    """The divisors of a size as a phrase: `1, 2, 4 or 8`."""
-    return _phrase([divisor for divisor in range(1, size + 1) if size % divisor == 0])
+    """The divisors of a size as a phrase: `1, 2, 4 or 8`; of a large size those that can be degrees."""
+    return _phrase([divisor for divisor in range(1, min(size, _LARGEST_DEGREE) + 1) if size % divisor == 0])
 
 
 def _phrase(numbers: list[int]) -> str:

@@ -146,8 +146,19 @@ def sha256(content: str) -> str:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Its digest and the sizes of all files are checked. CheckpointError names the problem."""
-    path = folder / MANIFEST
-    raw = _read_json(path)
+    manifest = parse_manifest(read_text(folder / MANIFEST), folder)
+    for name in manifest.files:
+        check_size(manifest, folder / name, _size_of(folder / name))
+    return manifest
+
+
+def parse_manifest(content: str, folder: Path | str) -> Manifest:
+    """A manifest from its text, with its digest checked. folder: where it is stored, for messages. CheckpointError as above."""
+    path = f"{folder}/{MANIFEST}"
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict) or type(raw.get("format")) is not int:
         raise CheckpointError(
             f"{path} is not the manifest of a checkpoint: it has no format number. Name a checkpoint's folder."
@@ -168,17 +179,6 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = manifest_from(raw)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
-    for name, size in manifest.files.items():
-        file = folder / name
-        try:
-            found = file.stat().st_size if file.is_file() else None
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-        if found != size:
-            raise CheckpointError(
-                f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, but the manifest says {size:,} bytes."
-                f" The checkpoint is damaged: remove {folder} to resume from an older one."
-            )
     return manifest
 
 
@@ -193,11 +193,21 @@ def manifest_from(raw: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _read_json(path: Path) -> Any:
+def check_size(manifest: Manifest, file: Path | str, found: int | None) -> None:
+    """CheckpointError if a file of a checkpoint is missing (None) or has another size than its manifest says."""
+    size = manifest.files[str(file).rpartition("/")[2]]
+    if found != size:
+        raise CheckpointError(
+            f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, but the manifest says {size:,} bytes."
+            f" The checkpoint is damaged: remove {str(file).rpartition('/')[0]} to resume from an older one."
+        )
+
+
+def _size_of(file: Path) -> int | None:
     try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return file.stat().st_size if file.is_file() else None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def read_text(path: Path) -> str:

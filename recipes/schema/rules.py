@@ -38,6 +38,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.resilience_rules import spike_problems
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
+from recipes.schema.storage_rules import storage_notes, storage_problems
 from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
 from recipes.schema.weight_formats import rounding_problems
@@ -80,6 +81,7 @@ def problems(
             world=world,
         ),
         *environment_problems(recipe.launch.environment),
+        *storage_problems(recipe),
         *distill_problems(recipe),
         *grpo_problems(recipe, backend=backend),
         *data_fit_problems(recipe),
@@ -127,7 +129,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
     if idle := unused(recipe.objective):
         text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
-    found += grpo_notes(recipe)
+    found += grpo_notes(recipe) + storage_notes(recipe)
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
@@ -403,7 +405,7 @@ def _run_problems(
         )
     elif disk.lost is not None:
         found.append(disk.lost)
-    elif recipe.checkpoint.resume == "required":
+    elif recipe.checkpoint.resume == "required" and recipe.run.storage is None:  # the storage may have one
         found.append(required_problem(folder / "checkpoints"))
     return found
 

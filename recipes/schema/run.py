@@ -22,6 +22,10 @@ class RunConfig:
     """Total number of optimizer steps (a resumed run counts its earlier steps)."""
     folder: str = "runs"
     """Folder of all runs."""
+    storage: str | None = None
+    """Address of object storage for all runs: `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. Each new checkpoint is copied to
+    `storage`/`name` in the background, with metrics.jsonl and recipe.yaml. A run on an empty machine starts from the newest
+    checkpoint there (docs/storage.md). Needs the extra `storage`. null: the folder only."""
     seed: Seed = 1234
     """Seed of the initial weights. The data order has its own seed, `data.seed`."""
     global_rows: PositiveInt = 8

@@ -256,6 +256,9 @@ def linear_shapes(
 
 def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:
     """A remedy for the widths of a layer kind: one field, with the next larger value for which all widths are allowed."""
+    if kind == "E":
+        fields = "model.experts.ffn, shared_ffn and latent and model.hidden"
+        return f"Use multiples of {multiple} for {fields} on each rank."
     name = {"M": "mamba_heads", "-": "ffn"}.get(kind, "head_dim")
     step = model.mamba_groups if kind == "M" else 1
     value = getattr(model, name)
@@ -289,7 +292,9 @@ def shape_problems(
     kinds = layer_kinds(model.pattern)
     problems = []
     for kind in dict.fromkeys(kinds[index] for index in layers):
-        for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
+        for name, (out, into) in linear_shapes(
+            model, kind, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor
+        ).items():
             for what, value in (("output", out), ("input", into)):
                 if value % multiple:
                     text = (

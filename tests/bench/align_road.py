@@ -1,7 +1,7 @@
 """`python -m tests.bench.align_road` (`make align-road`): from a pretrained model to an aligned one, small, in one command.
 
-    data --> base --+--> sft --+--> middle --+--> merged
-              |     |          +--> quotes --+
+    data --> base --+--> sft --+--> digits --+--> merged
+              |     |          +--> words ---+
               |     |          +--> dpo; broken: chosen and rejected swapped
               |     |          +--> grpo; broken: advantages of zero
               |     |          +--> reward --> rlhf

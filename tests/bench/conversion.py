@@ -21,6 +21,7 @@ import yaml
 import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from recipes.schema.command import RECIPES
 from recipes.schema.model import ModelConfig
+from recipes.schema.typed import build
 from train.checkpoint.manifest import RunState
 from train.checkpoint.storage import publish
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("model", help="a name of recipes/model")
     parser.add_argument("folder", type=Path, help="scratch folder to make")
     parsed = parser.parse_args()
-    model = ModelConfig(**yaml.safe_load((RECIPES / "model" / f"{parsed.model}.yaml").read_text()))
+    model = build(ModelConfig, yaml.safe_load((RECIPES / "model" / f"{parsed.model}.yaml").read_text()), "model")
     found = pairs(model, family_of(model))
     weights = {
         name: StoredTensor(shape, torch.float32 if pair.full else torch.bfloat16)

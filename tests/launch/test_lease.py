@@ -96,7 +96,7 @@ def _leave(folder: Path, owner: Owner, *, age_s: float) -> Path:
 
 
 def test_a_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
-    mine = replace(lease_module._myself(), process_started=3)
+    mine = replace(lease_module.myself(), process_started=3)
     _leave(tmp_path / FOLDER, mine, age_s=0)
     assert take(tmp_path / FOLDER, what="a").path.stem == "00000005"
 
@@ -193,7 +193,7 @@ def test_an_owner_whose_lease_was_taken_over_stops_writing(tmp_path: Path) -> No
         "run = Path(sys.argv[1])\n"
         "with run_lease(run, rank=0, any_rank=bool) as check:\n"
         "    check()\n"
-        "    assert lease._create(run / 'lease', 2, lease._myself())\n"
+        "    assert lease._create(run / 'lease', 2, lease.myself())\n"
         "    check()\n"
         "    print('written')\n"
     )

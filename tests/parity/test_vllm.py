@@ -18,6 +18,7 @@ from ranks import run_ranks
 
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.typed import build
 from recipes.schema.weight_formats import FORMATS
 from train.build import model_on_one_rank
 from train.hf.config import family_of
@@ -75,7 +76,7 @@ def predictions(
 
 def made(name: str, folder: Path) -> tuple[Recipe, Path]:
     """A small model's recipe, and a checkpoint of large, different weights."""
-    recipe = recipe_of(ModelConfig(**yaml.safe_load((ROOT / f"recipes/model/{name}.yaml").read_text())))
+    recipe = recipe_of(build(ModelConfig, yaml.safe_load((ROOT / f"recipes/model/{name}.yaml").read_text()), "model"))
     recipe = replace(recipe, data=replace(recipe.data, row_tokens=512))
     return recipe, scrambled(trained(folder / "trained", recipe, world=1), folder / "scrambled")
 

@@ -28,7 +28,64 @@ FP8 = {"precision.scaling": "current", "precision.high_precision_first": 0}
 DISTIL = {"objective.kind": "distill"}
 CHATS = {"a": SourceConfig("x", kind="chat")}
 PAIRS = {"a": SourceConfig("x", kind="preference")}
+MIXED: dict[str, Any] = {"model.pattern": "ME*E"}
 EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
+    "experts that the ranks do not divide": (
+        MIXED | {"parallel.expert": 3},
+        "parallel.expert=3 does not divide model.experts.count=8. Use 1, 2, 4 or 8.",
+    ),
+    "experts split without a layer of them": (
+        {"parallel.expert": 2},
+        "parallel.expert=2 splits experts, but model.pattern=M-M* has no `E` layer. Use parallel.expert=1.",
+    ),
+    "width of experts over expert-tensor ranks": (
+        MIXED | {"parallel.expert_tensor": 3},
+        "parallel.expert_tensor=3 does not divide model.experts.ffn=512.",
+    ),
+    "experts over tensor ranks that all have the same tokens": (
+        MIXED | {"parallel.tensor": 2},
+        "parallel.tensor=2 without parallel.sequence: every tensor rank would send the same tokens to the experts of `E` layers.",
+    ),
+    "capacity of a part of a microbatch": (
+        MIXED | {"model.experts.capacity": 1.5, "parallel.context": 2},
+        "model.experts.capacity=1.5 with parallel.tensor=1 and context=2: each rank would count only its part of a microbatch",
+    ),
+    "more chosen experts than there are": (
+        MIXED | {"model.experts.top_k": 9},
+        "model.experts.top_k=9 is more than model.experts.count=8. Use at most 8.",
+    ),
+    "a bias on softmax": (
+        MIXED | {"model.experts.score": "softmax"},
+        "model.experts.bias_rate=0.001 balances sigmoid scores only, but model.experts.score=softmax.",
+    ),
+    "groups that do not divide the experts": (
+        MIXED | {"model.experts.groups": 3},
+        "model.experts.groups=3 does not divide model.experts.count=8. Use one of 1, 2, 4, 8.",
+    ),
+    "more chosen groups than there are": (
+        MIXED | {"model.experts.groups": 2, "model.experts.top_groups": 4},
+        "model.experts.top_groups=4 is more than model.experts.groups=2. Use at most 2.",
+    ),
+    "groups scored by a part of an expert": (
+        MIXED | {"model.experts.groups": 4, "model.experts.top_groups": 3},
+        "model.experts.top_k=2 from model.experts.top_groups=3 groups of 2 experts: a group is scored by its best",
+    ),
+    "experts and another objective": (
+        MIXED | {"objective.kind": "distill"},
+        "objective.kind=distill does not support `E` layers (model.pattern=ME*E).",
+    ),
+    "rounded weights of experts": (
+        MIXED | {"precision.quantize_weights": "int8"},
+        "precision.quantize_weights=int8 does not support `E` layers (model.pattern=ME*E).",
+    ),
+    "one history for many experts": (
+        MIXED | {"precision.scaling": "delayed"},
+        "precision.scaling=delayed has one history a linear layer, but each expert of an `E` layer would need its own.",
+    ),
+    "experts in low precision on a GPU": (
+        MIXED | FP8 | {"precision.backend": "te"},
+        "precision.scaling=current: on the te backend, experts of `E` layers multiply in high precision only.",
+    ),
     "te on a cpu": ({"precision.backend": "te", "run.device": "cpu"}, "precision.backend=te needs a GPU."),
     "fp8 weights, emulated": (
         FP8 | {"precision.fp8_weights": True, "precision.backend": "emulated"},

@@ -20,7 +20,7 @@ STOREYS = (
     # data
     ("data", "data.system", "data.chat.record"),
     ("data.chat.preferences",),
-    ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
+    ("data.native", "data.bucket", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.chat",),
     ("data.rows", "data.make"),
     ("data.prepared",),
@@ -41,11 +41,19 @@ STOREYS = (
     ),
     ("launch.plan.published", "launch.compose", "launch.lease"),
     ("launch.plan", "launch.local"),
-    ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),
+    ("launch.slurm", "launch.kubernetes", "launch.stages", "launch.smoke", "launch.doctor"),
     ("launch.status", "launch.logs"),
     ("launch.__main__",),
     # train
-    ("train", "train.megatron", "train.native", "train.resilience", "train.hf.mapping", "train.hf.files"),
+    (
+        "train",
+        "train.megatron",
+        "train.native",
+        "train.resilience",
+        "train.hf.mapping",
+        "train.hf.files",
+        "train.command_list",
+    ),
     ("train.record", "train.parallel", "train.hf.config"),
     ("train.precision", "train.optim", "train.quantize"),
     ("train.model",),
@@ -66,7 +74,7 @@ STOREYS = (
     ("train.evaluate",),
     ("train.align", "train.merge"),
     ("train.run", "train.replay"),
-    ("train.hf", "train.serve", "train.__main__"),
+    ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""

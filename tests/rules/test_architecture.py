@@ -30,6 +30,7 @@ DOORS = {
     "sentencepiece": {"data.tokenizer"},
     "pyarrow": {"data.sources"},
     "matplotlib": {"data.system.figure"},
+    "obstore": {"data.bucket.bucket"},
     "fsspec": {"data.sources", "data.store"},
     "datasets": {"data.sources"},
     "lm_eval": {"train.evaluate.harness"},
@@ -40,7 +41,8 @@ DOORS = {
 """Rooms or modules that may import an outside library."""
 
 NO_TORCH = (
-    "recipes", "data.system", "data.make", "data.order", "data.sources", "data.store", "data.tokenizer", "launch",
+    "recipes", "data.system", "data.make", "data.order", "data.sources", "data.store", "data.tokenizer", "data.bucket",
+    "launch",
 )  # fmt: skip
 """Packages and rooms that run where torch is not installed, or would take seconds to load."""
 
@@ -49,8 +51,8 @@ LAUNCH_FOR_TRAIN = ("launch.plan", "launch.lease", "launch.time_spent")
 folder, which launchers look at and trainers hold."""
 
 OPTIONAL_OR_SLOW = (
-    "matplotlib", "wandb", "transformers", "sentencepiece", "datasets", "torch.utils.tensorboard", "transformer_engine",
-    "megatron.core.extensions",
+    "matplotlib", "wandb", "obstore", "transformers", "sentencepiece", "datasets", "torch.utils.tensorboard",
+    "transformer_engine", "megatron.core.extensions",
 )  # fmt: skip
 """Packages imported inside the function that needs them: optional, or seconds of start-up that most commands do without."""
 

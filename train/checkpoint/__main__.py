@@ -23,7 +23,7 @@ from data.system.console import open_console, progress
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema import units
 from recipes.schema.changes import differences
-from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.errors import CheckpointError, StratumError
 from recipes.schema.foreign import printable_lines
 from recipes.schema.layout import lay_out
 from recipes.schema.messages import complain
@@ -32,7 +32,8 @@ from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.run import RunConfig
-from train.checkpoint import offline
+from recipes.schema.storage_rules import is_storage
+from train.checkpoint import offline, storage_command
 from train.checkpoint.files import Reader
 from train.checkpoint.manifest import Manifest, describe_layout, read_manifest
 
@@ -51,9 +52,13 @@ stratum checkpoint verify smoke                            read every byte and c
 stratum checkpoint diff runs/smoke runs/mine --values      which tensors differ, and by how much
 stratum checkpoint reshard runs/smoke runs/eight --files 8     the same checkpoint in eight equal files, in a new run
 stratum checkpoint consolidate smoke smoke.safetensors     all weights in one file
+stratum checkpoint list s3://bucket/runs/smoke             checkpoints of a run in object storage
+stratum checkpoint fetch s3://bucket/runs/smoke runs/b     its newest checkpoint and its records, in a new run folder
 """
 _NOTES = """
-Give a checkpoint's folder, or a run for its newest checkpoint. Nothing in a checkpoint is executed.
+Give a checkpoint's folder, or a run for its newest checkpoint. `list`, `show`, `verify` and `fetch` also take a run or a step in
+object storage (s3://BUCKET/PREFIX/NAME, gs://...); `verify` fetches it into a temporary folder. Nothing in a checkpoint is
+executed.
 Exit status: 0 success; 1 damaged (list, verify) or different (diff); 2 failed, with the reason.
 """
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,18 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     checkpoint: dict[str, Any] = {"type": run_or_path, "help": "a checkpoint's folder, or a run (its newest)"}
+    stored: dict[str, Any] = {"type": _place, "help": "the same, or an address in object storage"}
 
     command = commands.add_parser("list", help="checkpoints of a run: step, tokens, layout, size, state")
-    command.add_argument("run", type=run_or_path, help="a run, by its folder or name")
+    command.add_argument("run", type=_place, help="a run, by its folder, name or address in object storage")
     command.add_argument(
         "--verify", action="store_true", help="also read every byte and compare it with what was saved"
     )
     command = commands.add_parser("show", help="what is in a checkpoint: layout, sizes, recipe, lineage")
-    command.add_argument("checkpoint", **checkpoint)
+    command.add_argument("checkpoint", **stored)
     command.add_argument("--tensors", action="store_true", help="also every tensor: format, shape, fingerprint")
     command.add_argument("--json", action="store_true", help="print the manifest as JSON")
     command = commands.add_parser("verify", help="read every byte and compare fingerprints")
-    command.add_argument("checkpoint", **checkpoint)
+    command.add_argument("checkpoint", **stored)
     command.add_argument("--all", action="store_true", help="every checkpoint of the run")
     command = commands.add_parser("diff", help="which tensors and recipe fields differ")
     command.add_argument("a", **checkpoint)
@@ -109,15 +115,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("out", type=Path, help="file to write, e.g. weights.safetensors")
     command.add_argument("--all", action="store_true", help="optimizer state too, under full names")
     command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert weights (default: as stored)")
+    command = commands.add_parser("fetch", help="copy a run from object storage into a new run folder")
+    command.add_argument("address", type=_address, help="a run (its newest checkpoint) or a step in object storage")
+    command.add_argument("out", type=Path, help="a new run's folder")
+    command.add_argument(
+        "--records", action="store_true", help="only recipe.yaml and metrics.jsonl, for status and report"
+    )
 
     parsed = parser.parse_args(arguments)
     console = open_console()
     act = {
         "list": _list, "show": _show, "verify": _verify, "diff": _diff, "reshard": _reshard, "consolidate": _consolidate,
+        "fetch": _fetch,
     }[parsed.command]  # fmt: skip
     try:
         return act(parsed, console)
-    except (CheckpointError, RecipeError) as error:
+    except StratumError as error:
         return complain(error)
     except BrokenPipeError:
         return 0
@@ -137,7 +150,25 @@ def _count(word: str) -> int:
     return int(word)
 
 
+def _place(name: str) -> Path | str:
+    """For argparse: a path, or an address in object storage as it is."""
+    return name if is_storage(name) else run_or_path(name)
+
+
+def _address(name: str) -> str:
+    """For argparse: an address in object storage."""
+    if not is_storage(name):
+        raise argparse.ArgumentTypeError(f"{name!r} is not an address in object storage, like s3://BUCKET/PREFIX/NAME")
+    return name
+
+
+def _fetch(parsed: argparse.Namespace, console: Console) -> int:
+    return storage_command.fetch_run(parsed.address, parsed.out, console, records_only=parsed.records)
+
+
 def _list(parsed: argparse.Namespace, console: Console) -> int:
+    if isinstance(parsed.run, str):
+        return storage_command.list_steps(parsed.run, console, verify=parsed.verify)
     folder = _checkpoints_of(parsed.run)
     good, notes = steps.candidates(folder)
     newest = good[0][0] if good else None
@@ -197,7 +228,12 @@ def _briefly(error: CheckpointError, path: Path) -> str:
 
 
 def _show(parsed: argparse.Namespace, console: Console) -> int:
-    path, manifest = steps.checkpoint_at(parsed.checkpoint)
+    path: Path | str
+    if isinstance(parsed.checkpoint, str):
+        bucket, found, manifest = storage_command.find(parsed.checkpoint)
+        path = f"{bucket.address}/checkpoints/{found.name}"
+    else:
+        path, manifest = steps.checkpoint_at(parsed.checkpoint)
     if parsed.json:
         sys.stdout.write(json.dumps(asdict(manifest), indent=1) + "\n")
         return 0
@@ -239,6 +275,10 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(parsed: argparse.Namespace, console: Console) -> int:
+    if isinstance(parsed.checkpoint, str):
+        if parsed.all:
+            return storage_command.list_steps(parsed.checkpoint, console, verify=True)
+        return storage_command.verify_step(parsed.checkpoint, console)
     if parsed.all:
         paths = steps.steps_in(_checkpoints_of(parsed.checkpoint))
     else:

@@ -26,6 +26,7 @@ from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.run_folder import POINTER
 from train.checkpoint import finite, publishing, storage
+from train.checkpoint.copying import StorageCopy
 from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot
 from train.checkpoint.staging import Staging
@@ -51,11 +52,20 @@ class LoadedCheckpoint:
 class CheckpointFolder:
     """The checkpoints of one run. Methods that are collective say so; the others only read the disk."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, remedies: str = "a lower optim.lr") -> None:
-        """remedies: `finite.remedies_of` the run's recipe, for advice about NaN and infinity."""
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        remedies: str = "a lower optim.lr",
+        copy: StorageCopy | None = None,
+    ) -> None:
+        """remedies: `finite.remedies_of` the run's recipe, for advice about NaN and infinity. copy: of rank 0, if the run has a
+        storage."""
         self._remedies = remedies
         self.folder = folder
         self.config = config
+        self._copy = copy
         self.saved_step: int | None = None
         """Step of the newest checkpoint that is durable, as far as this process knows."""
         self.save_s: float | None = None
@@ -207,7 +217,7 @@ class CheckpointFolder:
             self._note_end()
             events = list(self._save.events)
             news, self._reported = news + events[self._reported :], len(events)
-        return news
+        return news + (self._copy.collect() if self._copy is not None else [])
 
     def check(self, *, always: bool = False) -> None:
         """Raise CheckpointError if the last save failed and `checkpoint.on_failure` (or `always`) says to stop. Raise
@@ -220,6 +230,23 @@ class CheckpointFolder:
             return
         if save.is_numeric or always or self.config.on_failure != "continue":
             raise _error_of(save)
+
+    @property
+    def storage_has_failed(self) -> bool:
+        """Whether a copy to storage has failed on this rank and `checkpoint.on_storage_failure` says to stop."""
+        return self._copy is not None and self._copy.error is not None and self.config.on_storage_failure == "stop"
+
+    def check_storage(self) -> None:
+        """Raise CheckpointError because of `storage_has_failed`. Call it only after all ranks have agreed that one has failed."""
+        error = self._copy.error if self._copy is not None else None
+        raise CheckpointError(
+            f"{error or 'rank 0 could not copy to run.storage.'} The checkpoints in {self.folder} are intact."
+        )
+
+    def finish_storage(self) -> None:
+        """Wait until the last checkpoint is copied to storage, or could not be. Not collective."""
+        if self._copy is not None:
+            self._copy.finish()
 
     def advice(self, mesh: Mesh) -> str:
         """Advice about NaN or infinity that names the newest finite checkpoint. Waits for a running save. Collective."""
@@ -260,6 +287,8 @@ class CheckpointFolder:
         except OSError as error:  # only a hint for people: the step itself is durable
             reason = error.strerror or error
             log.warning("%s cannot be replaced (%s); the newest step is %s", self.folder / POINTER, reason, final.name)
+        if self._copy is not None:
+            self._copy.offer(final)
         return {"path": str(final)}
 
     def _make_room(self, step: int, snapshot: Snapshot) -> Path:
@@ -282,14 +311,19 @@ class CheckpointFolder:
         return unfinished
 
     def _retain(self, newest_step: int) -> None:
-        """On rank 0: delete all checkpoints except the newest `keep_last` and those of `keep_every_steps`."""
-        every = self.config.keep_every_steps
+        """On rank 0: delete all checkpoints except the newest `keep_last` and those of `keep_every_steps`.
+
+        With a storage and `keep_local`, keep only the newest of those and what is not copied yet."""
+        every, keep = self.config.keep_every_steps, self.config.keep_last
+        needed = self._copy.needed() if self._copy is not None else set()
+        if self._copy is not None and self.config.keep_local is not None:
+            every, keep = 0, self.config.keep_local
         published = self.published()
         numbers = sorted({steps.step_of(path) for path in published})
-        newest = numbers[-self.config.keep_last :]
+        kept = {newest_step, *numbers[-keep:], *needed}
         for path in published:
             step = steps.step_of(path)
-            if step not in (newest_step, *newest) and not (every and step % every == 0):
+            if step not in kept and not (every and step % every == 0):
                 self._warn_of(publishing.delete(path))
 
     def _warn_of(self, left: list[publishing.NotDeleted]) -> None:

@@ -38,9 +38,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """An event of a save; `fields` go into the run's record."""
+    """An event of a save or of a copy to storage; `fields` go into the run's record."""
 
-    kind: Literal["save_requested", "save_staged", "save", "save_retried", "save_failed"]
+    kind: Literal[
+        "save_requested", "save_staged", "save", "save_retried", "save_failed",
+        "storage_fetch", "storage_copy", "storage_retried", "storage_failed", "warning",
+    ]  # fmt: skip
     step: int
     fields: dict[str, Any]
 

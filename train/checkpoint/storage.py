@@ -58,27 +58,35 @@ def snapshot_of(engine: Engine, state: RunState, stream: Mapping[str, torch.Tens
     state: its layout is set here, and its tokens if the caller has not counted them. stream: state of the stream
     (`stream_state`), the same on every rank.
     """
-    manifest, local_tensors, parts = _state_of(engine, state)
+    engine.precision.gather_state()
+    manifest = _manifest_at(engine, state)
+    local_tensors, parts = _local_state(engine)
     pieces = [*owned_pieces(local_tensors, parts), *random_pieces(engine.mesh)]
     pieces += stream_pieces(stream or {}, rank=engine.mesh.rank)
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
 
 
-def resident_snapshot_of(engine: Engine, state: RunState, stream: Mapping[str, torch.Tensor]) -> Snapshot:
-    """Everything that this rank needs to continue at the same layout (`fill_resident`). Collective, and state and stream, as in
-    `snapshot_of`."""
-    manifest, local_tensors, parts = _state_of(engine, state)
-    pieces = [*resident_pieces(local_tensors, parts), *random_pieces(engine.mesh), *stream_pieces(stream, rank=0)]
-    return Snapshot(manifest, pieces)
+def state_at_boundary(
+    engine: Engine, state: RunState, stream: Mapping[str, torch.Tensor]
+) -> tuple[Manifest, list[Piece]]:
+    """The manifest, and the small pieces of this rank's state that the next forward pass changes: random state, stream.
 
-
-def _state_of(engine: Engine, state: RunState) -> tuple[Manifest, dict[str, LocalTensor], list[OptimizerPart]]:
-    """The manifest of the engine's state, and what this rank has of it."""
+    Collective, and state and stream, as in `snapshot_of`."""
     engine.precision.gather_state()
-    local_tensors, parts = _local_state(engine)
+    return _manifest_at(engine, state), [*random_pieces(engine.mesh), *stream_pieces(stream, rank=0)]
+
+
+def state_until_update(engine: Engine) -> list[Piece]:
+    """The rest of what this rank needs to continue at the same layout (`fill_resident`): what the next update changes. Not
+    collective; may be called in another thread."""
+    return resident_pieces(*_local_state(engine))
+
+
+def _manifest_at(engine: Engine, state: RunState) -> Manifest:
+    """The manifest of the engine's state, without tensors."""
     tokens = state.tokens or state.position * engine.row_tokens
     state = replace(state, layout=layout_of(engine.mesh), tokens=tokens)
-    return _manifest_of(state, updates=_updates(engine)), local_tensors, parts
+    return _manifest_of(state, updates=_updates(engine))
 
 
 def read_training(folder: Path, engine: Engine) -> Manifest:
@@ -114,7 +122,7 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
 def fill_resident(
     engine: Engine, manifest: Manifest, stored: Mapping[str, tuple[torch.Tensor, Sums]], *, place: str
 ) -> str | None:
-    """Fill this rank from a copy that `resident_snapshot_of` described, and verify it. -> why it cannot be used; None if it can.
+    """Fill this rank from a copy of `state_at_boundary` and `state_until_update`, and verify it. -> why it cannot be used, if so.
 
     Collective over the world: if any rank returns a reason, no rank may train on, because the engine is partly filled. stored:
     values and fingerprint by label. place: where they come from, for the reason.
@@ -146,20 +154,44 @@ def fill_resident(
 
 
 def _weights_are_as_filled(engine: Engine) -> bool:
-    """Whether this rank's trained weights are the ranges that the data-parallel (and context) ranks have, put together.
-    Collective over that group."""
-    group = engine.mesh.groups.dp_cp
+    """Whether this rank's trained weights are the ranges that the ranks with the same weights have, put together. Collective over
+    the data-parallel (and context) ranks, and for experts over the ranks with the same experts."""
     local_tensors, parts = _local_state(engine)
+    of_experts = {
+        f"{index}/{name}"
+        for index, chunk in enumerate(engine.chunks)
+        for name, parameter in chunk.module.named_parameters()
+        if not getattr(parameter, "allreduce", True)  # Megatron's mark of an expert's parameter
+    }
     trained = {name: local for name, local in local_tensors.items() if local.is_trained}
-    number = {id(local): at for at, local in enumerate(trained.values())}
-    ranges = [fingerprint.ZERO] * len(trained)
+    groups = engine.mesh.groups
+    return all(
+        [
+            _ranges_are_whole(
+                {name: local for name, local in trained.items() if (name in of_experts) == is_expert},
+                parts,
+                group=groups.expt_dp if is_expert else groups.dp_cp,
+                device=engine.mesh.device,
+            )
+            for is_expert in (False, True)
+        ]
+    )
+
+
+def _ranges_are_whole(
+    weights: Mapping[str, LocalTensor], parts: Sequence[OptimizerPart], *, group: Any, device: torch.device
+) -> bool:
+    """`_weights_are_as_filled` for the weights of one group. Collective over it."""
+    if not weights or group.size() == 1:
+        return True  # this rank's ranges are the whole weights
+    number = {id(local): at for at, local in enumerate(weights.values())}
+    ranges = [fingerprint.ZERO] * len(weights)
     for part in parts:
-        at = number[id(part.local)]
-        ranges[at] = fingerprint.add(ranges[at], _sums_of_all(part_pieces(part)["weight"]))
-    together = fingerprint.to_tensor(ranges).to(engine.mesh.device)
-    if group.size() > 1:
-        dist.all_reduce(together, group=group)
-    whole = [_sums_of_all(weight_pieces({name: local})) for name, local in trained.items()]
+        if (at := number.get(id(part.local))) is not None:
+            ranges[at] = fingerprint.add(ranges[at], _sums_of_all(part_pieces(part)["weight"]))
+    together = fingerprint.to_tensor(ranges).to(device)
+    dist.all_reduce(together, group=group)
+    whole = [_sums_of_all(weight_pieces({name: local})) for name, local in weights.items()]
     return fingerprint.from_tensor(together.cpu()) == whole
 
 

@@ -22,6 +22,7 @@ from data.system import disk
 from recipes.schema.errors import CheckpointError
 from recipes.schema.foreign import read_json
 from recipes.schema.model import ModelConfig
+from recipes.schema.typed import build
 
 FORMAT = 1
 SCORES = "scores.json"
@@ -152,4 +153,4 @@ def best_mamba(scores: np.ndarray, *, heads: int, channels: int, groups: int) ->
 
 def model_of(scores: Scores) -> ModelConfig:
     """The scored model's shape."""
-    return ModelConfig(**scores.model)
+    return build(ModelConfig, scores.model, "model")

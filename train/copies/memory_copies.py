@@ -23,8 +23,8 @@ from recipes.schema import units
 from recipes.schema.errors import CheckpointError, Problem, refuse
 from recipes.schema.memory_copies import MemoryCopiesConfig
 from train.checkpoint import storage
-from train.checkpoint.manifest import RunState
-from train.checkpoint.saving import Snapshot
+from train.checkpoint.files import Piece
+from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.staging import Source, copy_pieces
 from train.checkpoint.writing import plan_file
 from train.copies.place import Place, remove_place
@@ -106,7 +106,8 @@ class MemoryCopies:
         Raises RecipeError on every rank if the folder's file system is too small even when it is empty.
         """
         self.newest_step = used[0] if used is not None else 0
-        size = plan_file(storage.resident_snapshot_of(engine, state, stream).pieces).bytes
+        _, small = storage.state_at_boundary(engine, state, stream)
+        size = plan_file([*storage.state_until_update(engine), *small]).bytes
         sizes = self.mesh.gather_objects(size)
         problems = self.mesh.gather_objects(self._too_large(sizes))
         refuse([problem for problem in problems if problem is not None][:1])
@@ -114,12 +115,16 @@ class MemoryCopies:
         try:
             if self.mesh.rank == self.around.on_node[0]:
                 self._delete_unused(used)
-            self.mesh.barrier()
+        except OSError as caught:
+            error = _reason(caught, self.place.folder)
+        self.mesh.barrier()  # memory that is not needed any more is free
+        try:
             for rank, slots in self._slots.items():
                 for generation, slot in enumerate(slots):
-                    slot.buffer(sizes[rank])
                     if slot.read() is not None:  # what the run continues from: the next copy must not overwrite it
                         self._next[rank] = 1 - generation
+                    else:
+                        slot.buffer(sizes[rank])
         except OSError as caught:
             error = _reason(caught, self.place.folder)
         return self._off(error) if self.mesh.any_rank(error is not None) else None
@@ -128,10 +133,10 @@ class MemoryCopies:
         """Copy the engine's current state. Collective; only when all ranks have finished the copy before."""
         started = time.perf_counter()
         assert not self.is_copying, "a copy begins when all ranks have finished the one before it"
-        snapshot = storage.resident_snapshot_of(engine, state, stream)
+        manifest, small = storage.state_at_boundary(engine, state, stream)
         targets = {rank: slots[self._next[rank]] for rank, slots in self._slots.items()}
         self._next = {rank: 1 - generation for rank, generation in self._next.items()}
-        self._copy = _Copy(self, snapshot, targets, Source(engine.mesh.device))
+        self._copy = _Copy(self, engine, manifest, small, targets)
         threading.Thread(target=self._copy.run, name=f"copy of step {state.step}", daemon=True).start()
         self.stall_s += time.perf_counter() - started
 
@@ -176,11 +181,13 @@ class MemoryCopies:
         if self._copy is not None:
             self._copy.done.wait(_CLOSE_S)
 
-    def end(self, saved_step: int) -> None:
-        """The run has ended and saved `saved_step`: delete all copies, unless they are newer. Collective over the world."""
+    def end(self, saved_step: int) -> bool:
+        """The run has ended and saved `saved_step`: delete all copies, unless they are newer. -> whether. Collective."""
         self.wait()
-        if max(self.mesh.gather_objects(self.newest_step)) <= saved_step:
+        is_saved = max(self.mesh.gather_objects(self.newest_step)) <= saved_step
+        if is_saved:
             self.delete()
+        return is_saved
 
     def discard(self) -> None:
         """The run goes back to a checkpoint: copies of later steps must not be used. Not collective."""
@@ -201,9 +208,9 @@ class MemoryCopies:
     def _too_large(self, sizes: list[int]) -> Problem | None:
         """The problem that this node's copies do not fit the file system, even if it were empty. sizes: of each rank's copy.
         Collective."""
+        kept = self.mesh.gather_objects(sum(sizes[rank] for rank in self._slots))
         system = os.statvfs(self.place.folder)
         available = system.f_blocks * system.f_frsize
-        kept = self.mesh.gather_objects(sum(sizes[rank] for rank in self._slots))
         needed = GENERATIONS * sum(kept[rank] for rank in self.around.on_node)
         if needed <= available:
             return None
@@ -232,12 +239,16 @@ class MemoryCopies:
 class _Copy:
     """One copy of this rank's state, and of the states that this rank keeps for others. `run` never raises: see `error`."""
 
-    def __init__(self, copies: MemoryCopies, snapshot: Snapshot, targets: dict[int, Slot], source: Source) -> None:
-        """targets: the slots to overwrite, by rank."""
+    def __init__(
+        self, copies: MemoryCopies, engine: Engine, manifest: Manifest, small: list[Piece], targets: dict[int, Slot]
+    ) -> None:
+        """small: pieces that the next forward pass changes. targets: the slots to overwrite, by rank."""
         self.error: str | None = None
         self.staged = threading.Event()
         self.done = threading.Event()
-        self._copies, self._snapshot, self._targets, self._source = copies, snapshot, targets, source
+        self._copies, self._engine, self._manifest, self._small = copies, engine, manifest, small
+        self._targets = targets
+        self._source = Source(engine.mesh.device)
 
     def run(self) -> None:
         """Make the copy. Collective over `Mesh.copying`."""
@@ -253,13 +264,14 @@ class _Copy:
         except Exception as error:
             self.error = self.error or _reason(error, self._copies.place.folder)
         if self.error is None:
-            self._copies.newest_step = self._snapshot.manifest.step
+            self._copies.newest_step = self._manifest.step
             self._copies.made += 1
         self.done.set()
 
     def _stage(self) -> tuple[torch.Tensor, bytes]:
         """Copy the live state into this node's memory. -> the memory and its record."""
-        copies, manifest, plan = self._copies, self._snapshot.manifest, plan_file(self._snapshot.pieces)
+        copies, manifest = self._copies, self._manifest
+        plan = plan_file([*storage.state_until_update(self._engine), *self._small])
         slot = self._targets[copies.mesh.rank]
         slot.invalidate()
         buffer = slot.buffer(plan.bytes)

@@ -60,6 +60,8 @@ class Inventory:
     found: list[Found] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """Copies that cannot be used, and why."""
+    other_layouts: list[str] = field(default_factory=list)
+    """Those of them that could be used at another layout."""
 
 
 def open_copies(config: MemoryCopiesConfig, mesh: Mesh, run: Path) -> MemoryCopies | None:
@@ -145,6 +147,12 @@ def resume_from_memory(
             if text is not None:
                 notes.append(text)
                 known.pop(sources[rank], None)
+    layouts = sorted({layout for one in seen for layout in one.other_layouts})
+    if layouts and not good:
+        raise CheckpointError(
+            f"{copies.place.root} has copies of this run at another layout ({', '.join(layouts)}), and the run has no "
+            f"checkpoint, which any layout could read. Continue at that layout, or remove the folder to start at step 0."
+        )
     return Return(notes=(*notes, *_incomplete(known, mesh.layout.world, newer_than=(saved, ""))))
 
 
@@ -160,6 +168,7 @@ def _inventory(copies: MemoryCopies) -> Inventory:
                 raise CheckpointError(f"{slot.path} is a copy of another run or rank")
             if record.manifest.layout != layout:
                 before, now = describe_layout(record.manifest.layout), copies.mesh.layout.describe()
+                inventory.other_layouts.append(f"{before} on {record.manifest.layout.get('world')} ranks")
                 raise CheckpointError(
                     f"{slot.path} is a copy at another layout ({before} on {record.manifest.layout.get('world')} ranks, now "
                     f"{now} on {copies.mesh.layout.world}). Only checkpoints are read at another layout."

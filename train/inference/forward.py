@@ -83,7 +83,8 @@ def read_tokens(
     """
     tokens_1T, segments = pack(reads, pools, device=pools.device, is_stepwise=is_stepwise)
     hidden = model.embedding(input_ids=tokens_1T, position_ids=segments.positions_T[None])
-    if few is not None and len(hidden) <= MOST and max(len(read.tokens) for read in reads) <= MOST_OF_A_TEXT:
+    is_cut_freely = is_stepwise or max(len(read.tokens) for read in reads) <= MOST_OF_A_TEXT
+    if few is not None and len(hidden) <= MOST and is_cut_freely:
         return few(hidden[:, 0].contiguous(), segments)
     context = RowContext(segments=segments)
     for layer in model.decoder.layers:

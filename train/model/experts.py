@@ -13,12 +13,13 @@ experts (T x top_k without drops).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -94,14 +95,12 @@ def expert_loads(chunks: Sequence[Any], mesh: Mesh) -> list[LoadReading]:
     if config.num_moe_experts is None:
         return []
     mine = {}
-    for chunk in chunks:
-        for part in chunk.modules():
-            if isinstance(part, ExpertLayer):
-                mine[part.layer_number - 1] = part.take_load()
+    for layer in _layers(chunks):
+        mine[layer.layer_number - 1] = layer.take_load()
     ranks = mesh.gather_objects(mine)
     readings = []
-    for layer in sorted({layer for rank in ranks for layer in rank}):
-        found = [rank[layer] for rank in ranks if layer in rank]
+    for number in sorted({number for rank in ranks for number in rank}):
+        found = [rank[number] for rank in ranks if number in rank]
         rows = torch.stack([load.per_expert for load, _ in found]).sum(0).double()
         tokens = max(1, sum(load.tokens for load, _ in found))
         mean = max(float(rows.mean()), 1.0)
@@ -109,7 +108,7 @@ def expert_loads(chunks: Sequence[Any], mesh: Mesh) -> list[LoadReading]:
         low, high = found[0][1]
         readings.append(
             LoadReading(
-                layer=layer,
+                layer=number,
                 load_max=float(rows.max()) / mean,
                 load_min=float(rows.min()) / mean,
                 entropy=entropy / math.log(config.num_moe_experts) if config.num_moe_experts > 1 else 1.0,
@@ -121,10 +120,46 @@ def expert_loads(chunks: Sequence[Any], mesh: Mesh) -> list[LoadReading]:
     return readings
 
 
+def start_counting(chunks: Sequence[Any]) -> None:
+    """Begin a step: forget the rows that earlier steps sent to experts."""
+    for layer in _layers(chunks):
+        layer.step_rows.zero_()
+
+
+@torch.no_grad()
+def update_biases(chunks: Sequence[Any], group: dist.ProcessGroup) -> None:
+    """Move the bias of each expert by `bias_rate` towards the mean load of the step (arXiv 2408.15664, algorithm 1).
+
+    Counts are whole numbers, so the bias is the same at every layout. Collective over `group`, the ranks of a pipeline stage.
+    """
+    layers = [layer for layer in _layers(chunks) if layer.router.expert_bias is not None]
+    if not layers:
+        return
+    rows = torch.stack([layer.step_rows for layer in layers])
+    if group.size() > 1:
+        dist.all_reduce(rows, group=group)
+    towards = (rows.double().mean(1, keepdim=True) - rows).sign()
+    for layer, sign in zip(layers, towards, strict=True):
+        layer.router.expert_bias += layer.config.moe_router_bias_update_rate * sign.to(torch.float32)
+
+
+def _layers(chunks: Sequence[Any]) -> Iterator["ExpertLayer"]:
+    for chunk in chunks:
+        yield from (part for part in chunk.modules() if isinstance(part, ExpertLayer))
+
+
 class Router(TopKRouter):
-    """Megatron's router, which also sums the entropy of its scores."""
+    """Megatron's router, which also sums the entropy of its scores.
+
+    Megatron would update the bias when gradients are complete. A save in the background may still copy the state then, and a
+    step may yet be skipped: `update_biases` does it with the weights.
+    """
 
     entropy: torch.Tensor | float = 0.0
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: Any) -> None:
+        super().__init__(config, pg_collection=pg_collection)
+        self.frozen_expert_bias = True
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
         """logits [sequence, rows, experts] -> (weights, choices), both [tokens, experts]."""
@@ -205,6 +240,8 @@ class ExpertLayer(MegatronModule):
                 own, shared, ffn_hidden_size=experts.shared_ffn, tp_group=pg_collection.tp
             )
         self.load = Load(torch.zeros(experts.count, dtype=torch.int64, device=device))
+        self.step_rows = torch.zeros(experts.count, dtype=torch.int64, device=device)
+        """Rows of each expert in this step so far, on this rank."""
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the router its layer, counted from 1 in the whole model."""
@@ -216,7 +253,9 @@ class ExpertLayer(MegatronModule):
         the tensor group (shared expert)."""
         weights_TE, chosen_TE = self.router(hidden_SBH)
         if self.training and torch.is_grad_enabled():
-            self.load.per_expert += chosen_TE.sum(0)
+            rows = chosen_TE.sum(0)
+            self.step_rows += rows
+            self.load.per_expert += rows
             self.load.tokens += chosen_TE.shape[0]
         x = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         if self.latent_in is not None:
@@ -242,7 +281,7 @@ class ExpertLayer(MegatronModule):
             return self.experts(x, sent_E.tolist())
         both = self.groups.tp_ep  # all expert ranks of all expert-tensor ranks; expert-tensor ranks are neighbours
         everyone = sent_E.new_empty(both.size() * sent_E.numel())
-        torch.distributed.all_gather_into_tensor(everyone, sent_E.contiguous(), group=both)
+        dist.all_gather_into_tensor(everyone, sent_E.contiguous(), group=both)
         # [expert rank of the sender, expert-tensor rank of the sender, expert rank of the receiver, its experts]
         table = everyone.view(expert.size(), tensor.size(), expert.size(), -1)
         mine = table[:, :, expert.rank()]  # rows for this rank's experts

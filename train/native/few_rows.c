@@ -1,14 +1,14 @@
 /* A linear layer for few rows, with what surrounds it: out = residual + post_norm(f(W norm(x))), each part but W optional.
 
    The weight is packed once: by parts of PART inputs, panels of LANES outputs, and then by input. A step reads it from the first
-   byte to the last. Each output is a sum over one lane: within a part in the order of the inputs, then the parts in order. Its
-   bits depend on its own row and column only: a text's numbers are the same whatever else is in the batch. Definitions:
+   byte to the last. Each output is a sum over one lane: in the order of the inputs within a block (`block_of`), then the blocks in
+   order. Its bits depend on its own row and column only: a text's numbers are the same whatever else is in the batch. Definitions:
    train/model/norm.py, activation.py, linear.py. Tensors are fp32 or bf16 (`bf16`), arithmetic is fp32, rounded to bf16 where
    the definitions are. */
 
 #include "simd.h"
 
-#define PART 512 /* inputs of a sum: as in oneDNN, so that products of few and of many rows have the same bits up to 1,024 inputs */
+#define PART 256 /* inputs whose panel (16 KiB in fp32) and rows fit the first cache together */
 #if LANES == 16
 #define MOST_ROWS 16 /* rows times panels at once: their sums are registers; AVX-512 has 32 of them, AVX2 16 */
 #else
@@ -26,18 +26,21 @@ static inline V rounded(V x, int bf16) {
   return (V)(__builtin_convertvector(narrow(x), U) << 16);
 }
 
+/* Inputs of a block of a sum: those of oneDNN's fp32 products (found by comparing bits), so that few rows and many have the same. */
+static inline int64_t block_of(const Few *k) { return k->inputs > 1024 ? 1024 : 512; }
 static inline int64_t panels_of(const Few *k) { return (k->outputs + LANES - 1) / LANES; }
 /* Floats from a row of the input to the next: not a power of two, or all rows would share the same lines of the cache. */
 static inline int64_t stride_of(const Few *k) { return (k->inputs + LANES - 1) / LANES * LANES + LANES; }
 
-/* The products of `rows` rows with `panels` panels, which lie `step` numbers apart, over `depth` inputs. first: sets `to`, else adds. */
+/* The products of `rows` rows with `panels` panels, which lie `step` numbers apart, over `depth` inputs. first: the sums begin with 0,
+   else with `to`. */
 INLINE void panels_of_rows(const int rows, const int panels, int64_t depth, const float *x, int64_t x_row, const void *w, int64_t at,
                            int64_t step, float *to, int64_t to_row, int first, int bf16) {
   V sum[MOST_ROWS][4];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < panels; p++) sum[r][p] = (V){0};
+    for (int p = 0; p < panels; p++) sum[r][p] = first ? (V){0} : load(to + r * to_row + p * LANES);
   for (int64_t k = 0; k < depth; k++) {
     V right[4];
 #pragma GCC unroll 4
@@ -54,10 +57,7 @@ INLINE void panels_of_rows(const int rows, const int panels, int64_t depth, cons
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-    for (int p = 0; p < panels; p++) {
-      float *own = to + r * to_row + p * LANES;
-      store(own, first ? sum[r][p] : load(own) + sum[r][p]);
-    }
+    for (int p = 0; p < panels; p++) store(to + r * to_row + p * LANES, sum[r][p]);
 }
 
 #define PANELS(R, N) \
@@ -81,10 +81,12 @@ INLINE void part_of_rows(int64_t rows, int64_t panel, int64_t end, int64_t depth
   }
 }
 
-/* Products of all rows with panels [begin, end). x: rows of stride_of(k); to: rows of whole panels. */
-INLINE void products_of(const Few *k, const float *x, const void *w, float *to, int64_t begin, int64_t end, int bf16) {
-  const int64_t panels = panels_of(k), batches = (k->rows + MOST_ROWS - 1) / MOST_ROWS, stride = stride_of(k);
+/* Products of all rows with panels [begin, end). x: rows of stride_of(k); to: rows of whole panels; sums: scratch like it, for more
+   than one block. */
+INLINE void products_of(const Few *k, const float *x, const void *w, float *to, float *sums, int64_t begin, int64_t end, int bf16) {
+  const int64_t panels = panels_of(k), batches = (k->rows + MOST_ROWS - 1) / MOST_ROWS, stride = stride_of(k), block = block_of(k);
   for (int64_t part = 0; part < k->inputs; part += PART) {
+    float *into = part < block ? to : sums;
     const int64_t depth = part + PART < k->inputs ? PART : k->inputs - part;
     /* Several batches of rows use a panel while it is in the first cache. */
     for (int64_t panel = begin; panel < end; panel += batches > 1 ? 1 : end - begin) {
@@ -92,10 +94,14 @@ INLINE void products_of(const Few *k, const float *x, const void *w, float *to, 
       for (int64_t b = 0, row = 0; b < batches; b++) {
         const int64_t rows = (k->rows - row) / (batches - b);
         part_of_rows(rows, panel, last, depth, x + row * stride + part, stride, w, part * panels * LANES, depth * LANES,
-                     to + row * panels * LANES, panels * LANES, part == 0, bf16);
+                     into + row * panels * LANES, panels * LANES, part % block == 0, bf16);
         row += rows;
       }
     }
+    if (part >= block && ((part + PART) % block == 0 || part + PART >= k->inputs))
+      for (int64_t row = 0; row < k->rows; row++)
+        for (int64_t i = (row * panels + begin) * LANES; i < (row * panels + end) * LANES; i += LANES)
+          store(to + i, load(to + i) + load(sums + i));
   }
 }
 
@@ -147,7 +153,7 @@ INLINE void few_rows(const Few *k, const void *x, const void *norm, const void *
                      float *scratch, void *out, int threads, int bf16) {
   const int64_t panels = panels_of(k), stride = stride_of(k), width = k->gated ? k->outputs / 2 : k->outputs;
   const int out_bf16 = bf16 && !k->wide;
-  float *in = scratch, *products = scratch + k->rows * stride;
+  float *in = scratch, *products = scratch + k->rows * stride, *sums = products + k->rows * panels * LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
@@ -155,7 +161,7 @@ INLINE void few_rows(const Few *k, const void *x, const void *norm, const void *
       normed(k->inputs, k->groups, x, row * k->inputs, norm, k->eps, k->offset, in + row * stride, bf16, bf16);
 #pragma omp for schedule(static)
     for (int64_t thread = 0; thread < threads; thread++)
-      products_of(k, in, w, products, panels * thread / threads, panels * (thread + 1) / threads, bf16);
+      products_of(k, in, w, products, sums, panels * thread / threads, panels * (thread + 1) / threads, bf16);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < k->rows; row++) {
       float *line = products + row * panels * LANES;
@@ -190,7 +196,7 @@ int stratum_few_rows(const Few *k, const void *x, const void *norm, const void *
 }
 
 int64_t stratum_packed(const Few *k) { return panels_of(k) * LANES * k->inputs; }
-int64_t stratum_few_scratch(const Few *k) { return stride_of(k) + panels_of(k) * LANES; }
+int64_t stratum_few_scratch(const Few *k) { return stride_of(k) + panels_of(k) * LANES * (k->inputs > block_of(k) ? 2 : 1); }
 
 /* Of each line [lines, width]: the index of its largest number, the first among equals, and log(sum(exp)); NaN if it has a NaN. */
 int stratum_line_sums(const int64_t *sizes, const float *logits, int64_t *best, float *log_sums, int threads) {

@@ -54,7 +54,7 @@ class Reduction:
 
     def __init__(self) -> None:
         self.before: Callable[[], None] | None = None
-        """Called when this rank's own gradients are complete; until then it has waited for no data-parallel rank."""
+        """Called after this rank's backward passes; until then it has waited for no data-parallel rank."""
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
         if self.before is not None:

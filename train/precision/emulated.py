@@ -42,7 +42,7 @@ from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
 
 ROWS = 32
-"""Rows of an expert are filled up to a multiple of this: Transformer Engine needs it for MXFP8, the rotation of NVFP4 needs 16."""
+"""Rows of an expert are filled up to a multiple of this. Transformer Engine needs it for MXFP8; NVFP4's rotation needs 16."""
 
 OPERANDS = ("input", "weight", "grad")
 """Columns of the delayed-scaling state."""

@@ -126,6 +126,15 @@ class Screen:
                 return f"warning: step {line['step']}: {line['error']} Trying again in {line['wait_s']:g} s."
             case "save_failed":
                 return f"warning: step {line['step']} was not saved: {line['error']}"
+            case "storage_fetch":
+                return f"step {line['step']}: fetched from {line['storage']} in {line['seconds']:.1f} s and verified"
+            case "storage_copy":
+                size = units.size(line["bytes"])
+                return f"step {line['step']}: copied to {line['path']} ({size} in {line['seconds']:.1f} s)"
+            case "storage_retried":
+                return f"warning: step {line['step']}: {line['error']} Copying again in {line['wait_s']:g} s."
+            case "storage_failed":
+                return f"warning: {line['error']}"
             case "audit":
                 return line["text"]
             case "resume":

@@ -13,6 +13,7 @@ line per step. Everything else is made from metrics.jsonl:
     {"kind": "experts", "step": 20, "layers": [{"layer": 1, "load_max": 1.3, "entropy": 0.98, "dropped": 0.0, ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
     {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}
+    {"kind": "storage_fetch" | "storage_copy" (durable in storage) | "storage_retried" | "storage_failed", "step": 100, ...}
     {"kind": "start" | "resume" | "audit" | "warning" | ..., "step": ..., ...}
 
 Numbers are written so that they read back to the same bits. Lines are only appended: repeated steps after a resume appear

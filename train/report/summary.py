@@ -18,6 +18,7 @@ from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
+from train.report.experts import experts_section, is_reading
 from train.report.precision import draw_precision, in_picture, is_measurement, precision_section
 from train.report.tasks import Scores, draw_tasks, is_scores, tasks_section
 
@@ -45,6 +46,10 @@ class RunRecord:
         """Measurements of quantised operands, the last of each step."""
         last = {line["step"]: line for line in self.events if line["kind"] == "precision" and is_measurement(line)}
         return [last[step] for step in sorted(last)]
+
+    def experts(self) -> list[dict[str, Any]]:
+        """Readings of the routers of expert layers."""
+        return [line for line in self.events if line["kind"] == "experts" and is_reading(line)]
 
     def tasks(self) -> Scores:
         """Scores of tasks by step, the last of each step."""
@@ -197,6 +202,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
         *_heldout(record),
         *(tasks_section(scored) if (scored := record.tasks()) else []),
         *(precision_section(measured) if (measured := record.precision()) else []),
+        *(experts_section(readings[-1]) if (readings := record.experts()) else []),
         *_times(record),
         *_resumes(record),
     ]

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from recipes.schema.errors import RecipeError
-from train.inference.batch_engine import EngineStats, InferenceEngine
+from train.inference.batch_engine import InferenceEngine
+from train.inference.engine_stats import EngineStats
 from train.inference.request import Event, Request
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from recipes.schema.errors import RecipeError
-from train.inference.batch_engine import EngineStats
+from train.inference.engine_stats import EngineStats
 from train.inference.request import Event, Request
 from train.serve.engine_loop import Accepted, Add, Call, Cancel, Ended, Message, Step
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from launch.plan.cost.device import Device
 from launch.plan.cost.inference import inference_memory, state_bytes
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import counts, flops_per_token, parameters
+from recipes.schema.pattern import counts, expert_parameters, flops_per_token, parameters
 from recipes.schema.units import GIB
 
 BANDWIDTH_SHARE = 0.685
@@ -57,7 +57,13 @@ def decode_speed(
     memory = inference_memory(model, context_tokens=read, batch=batch)
     # One row of the embedding is read for a token; with tied weights the head reads all of it.
     embedding = 2.0 * parameters(model).embedding if model.has_own_head else 0.0
-    moved = memory.weights - embedding + memory.keys_values + 2 * _states(model, batch)  # states are read and written
+    moved = (
+        memory.weights
+        - embedding
+        - 2.0 * _unread_experts(model, batch)
+        + memory.keys_values
+        + 2 * _states(model, batch)
+    )  # states are read and written
     flops = batch * flops_per_token(model, read).total / 3  # backward passes are two thirds
     seconds = max(moved / (BANDWIDTH_SHARE * device.hbm), flops / device.peak["bf16"])
     whole = decode_memory(model, context_tokens=context_tokens, batch=batch)
@@ -73,6 +79,13 @@ def decode_table(model: ModelConfig, device: Device, contexts: tuple[int, ...]) 
             decode_speed(model, device, context_tokens=context, batch=batch) for batch in sorted({1, most}) if most
         ]
     return found
+
+
+def _unread_experts(model: ModelConfig, batch: int) -> float:
+    """Expected number of weights of experts that no token of a step chooses, if tokens choose evenly and independently."""
+    experts = model.experts
+    share = (1 - experts.top_k / experts.count) ** batch
+    return counts(model.pattern)["E"] * experts.count * share * expert_parameters(model)
 
 
 def _states(model: ModelConfig, batch: int) -> float:

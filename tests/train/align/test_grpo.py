@@ -137,6 +137,8 @@ def rewarded(rank: int, recipe: Recipe) -> tuple[list[float], list[float], list[
         texts = [[*request.context, *request.target] for request in stream._parts[0].requests]
         with torch.no_grad():
             scores = stream._frozen.rewards.scores(texts)
+        again = stream._scored([0], [[stream._batch.answers[0]] * 9])[0]
+        assert len({reward.value for reward in again}) == 1, "equal answers would seem to tell something"
         return stream._batch.rewards.reshape(-1).tolist(), scores, events.found
 
 

@@ -4,23 +4,25 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from expert_models import MIXTURE
 from killed_runs import Kill, Run, contents_at, recipe_in
 from ranks import run_ranks
 from tiny import GEMMA, engine_of, recipe_with, steps_of
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.memory_copies import MemoryCopiesConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
-from train.copies import place, restore
+from train.copies import memory_copies, place, restore
 from train.copies.memory_copies import MemoryCopies, neighbours
 from train.copies.restore import open_copies, resume_from_memory
 from train.copies.slot import Slot, slots_in
@@ -48,29 +50,32 @@ def with_copies(recipe: Recipe, folder: Path, **fields: Any) -> Recipe:
 
 def state_of(engine: Engine) -> dict[str, Any]:
     """Fingerprint of each piece of this rank's state, and of its whole weights."""
-    snapshot = storage.resident_snapshot_of(engine, RunState(), {})
+    _, small = storage.state_at_boundary(engine, RunState(), {})
+    pieces = [*storage.state_until_update(engine), *small]
     for chunk in engine.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     chunks = [chunk.module for chunk in engine.chunks]
     weights = {f"{i} {n}": p.detach().clone() for i, chunk in enumerate(chunks) for n, p in chunk.named_parameters()}
-    return {piece.label: piece.sums() for piece in snapshot.pieces} | {n: w.tolist() for n, w in weights.items()}
+    return {piece.label: piece.sums() for piece in pieces} | {n: w.tolist() for n, w in weights.items()}
 
 
 def copied(engine: Engine, copies: MemoryCopies, recipe: Recipe, steps: range) -> None:
-    """Train `steps`, with a copy after each."""
+    """Train `steps`, with a copy after each, which may still be in progress at the end."""
     for step in steps:
         steps_of(engine, recipe, range(step, step + 1), before_update=copies.before_update)
-        copies.request(engine, RunState(step=step + 1, position=step + 1), stream={})
         copies.wait()
         engine.mesh.barrier()
+        copies.request(engine, RunState(step=step + 1, position=step + 1), stream={})
 
 
 def back(engine: Engine, copies: MemoryCopies, recipe: Recipe, run: Path) -> tuple[int, list[str]]:
-    """Restore the engine from memory. -> the step (0: from nothing), and the notes."""
-    found = resume_from_memory(
-        copies, CheckpointFolder(run / "checkpoints", recipe.checkpoint), engine, recipe=recipe, new=RunState()
-    )
+    """Restore the engine from memory. -> the step (0: from nothing, -1: an error), and the notes."""
+    checkpoints = CheckpointFolder(run / "checkpoints", recipe.checkpoint)
+    try:
+        found = resume_from_memory(copies, checkpoints, engine, recipe=recipe, new=RunState())
+    except CheckpointError as error:
+        return -1, [str(error)]
     text = found.start.text or "" if found.start is not None else "\n".join(found.notes)
     return (found.start.state.step if found.start is not None else 0), text.splitlines()
 
@@ -82,8 +87,10 @@ def _there_and_back(rank: int, world: int, recipe: Recipe, run: Path, lost: tupl
         assert copies.prepare(engine, RunState(), stream={}, used=None) is None
         copied(engine, copies, recipe, range(2))
         then = state_of(engine)
-        after = steps_of(engine, recipe, range(2, 3))
+        after = steps_of(engine, recipe, range(2, 3), before_update=copies.before_update)
         assert state_of(engine) != then
+        copies.wait()
+        engine.mesh.barrier()
         if rank in lost:
             shutil.rmtree(copies.place.folder)
         engine.mesh.barrier()
@@ -93,6 +100,8 @@ def _there_and_back(rank: int, world: int, recipe: Recipe, run: Path, lost: tupl
         assert step == 2, notes
         assert state_of(engine) == then, "weights, masters, moments, buffers, random state"
         assert steps_of(engine, recipe, range(2, 3)) == after, "and so the next step"
+        assert not copies.end(1) and copies.place.folder.exists(), "there was no time left to save step 2"
+        assert copies.end(2) and not copies.place.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -103,12 +112,17 @@ def _there_and_back(rank: int, world: int, recipe: Recipe, run: Path, lost: tupl
         (2, GEMMA | {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "run.global_rows": 4}),
         (4, {"parallel.tensor": 2, "precision.params": "bf16", "parallel.overlap_param_gather": True,
              "parallel.overlap_grad_reduce": True}),
+        (2, MIXTURE | {"parallel.expert": 2}),
     ],
-    ids=["DP2", "TP2 bf16 delayed", "VPP2 tied", "TP2 DP2 overlap"],
+    ids=["DP2", "TP2 bf16 delayed", "VPP2 tied", "TP2 DP2 overlap", "EP2"],
 )  # fmt: skip
 def test_a_state_comes_back_from_memory_bit_for_bit_although_a_node_is_lost(
-    world: int, changes: dict[str, Any], memory: Path, tmp_path: Path, nodes: None
+    world: int, changes: dict[str, Any], memory: Path, tmp_path: Path, nodes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The copy starts late, when the next step has gradients: nothing that it reads may change before it has read it. Biases of
+    experts changed during the reduction of gradients."""
+    real = memory_copies.copy_pieces
+    monkeypatch.setattr(memory_copies, "copy_pieces", lambda *given: (time.sleep(0.2), real(*given))[1])
     recipe = with_copies(recipe_with(**changes), memory)
     run_ranks(world, _there_and_back, world, recipe, tmp_path, (1,))
 
@@ -153,6 +167,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "another start of the run": (
         lambda root: _everywhere(root, lambda slot: _rewritten(slot, attempt="other")), 2, "copies of step 3 are not complete"),
     "another layout": (lambda root: _everywhere(root, _of_another_layout), 2, "is a copy at another layout (TP2 PP1 DP1"),
+    "all at another layout, and no checkpoint": (
+        lambda root: [_of_another_layout(slot) for node in ("n0", "n1") for slot in slots_in(root / node)], -1,
+        "has copies of this run at another layout (TP2 PP1 DP1 on 2 ranks), and the run has no checkpoint"),
     "both nodes of a rank lost": (
         lambda root: [slot.remove() for node in ("n0", "n1") for slot in slots_in(root / node, 0)], 0,
         "copies of step 3 are not complete: rank 0 lost both."),
@@ -168,6 +185,8 @@ def _damaged(rank: int, recipe: Recipe, run: Path) -> list[str]:
         assert copies is not None
         assert copies.prepare(engine, RunState(), stream={}, used=None) is None
         copied(engine, copies, recipe, range(3))
+        copies.wait()
+        engine.mesh.barrier()
         root, good = copies.place.root, run / "good"
         if rank == 0:
             shutil.copytree(root, good)

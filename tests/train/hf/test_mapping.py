@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.typed import build
 from train.hf.config import family_of
 from train.hf.mapping import Pair, pairs, to_ours, to_theirs
 
@@ -29,7 +30,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_sides_hold_every_published_parameter_once(name: str) -> None:
-    model = ModelConfig(**yaml.safe_load((RECIPES / "model" / f"{name}.yaml").read_text()))
+    model = build(ModelConfig, yaml.safe_load((RECIPES / "model" / f"{name}.yaml").read_text()), "model")
     found = pairs(model, family_of(model))
     for side in ("ours", "theirs"):
         names = [tensor for pair in found for tensor in getattr(pair, side)]

@@ -7,7 +7,8 @@ import torch
 from ranks import run_ranks
 from tiny import VOCAB, engine_of, recipe_with
 
-from train.inference.batch_engine import EngineConfig, EngineStats, InferenceEngine
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.engine_stats import EngineStats
 from train.inference.request import Event, Request, Sampling
 
 LENGTHS = (1, 16, 37)

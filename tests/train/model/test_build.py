@@ -12,7 +12,8 @@ from tiny import RECIPE
 
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import parameters
+from recipes.schema.pattern import layer_norms, parameters
+from recipes.schema.typed import build
 from train.build import check, mesh_of
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
@@ -29,7 +30,7 @@ def built(rank: int, world: int, parallel: ParallelConfig) -> dict[str, int]:
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),  # shapes and names, no memory
     ):
         for path in MODELS:
-            model = ModelConfig(**yaml.safe_load(path.read_text()))
+            model = build(ModelConfig, yaml.safe_load(path.read_text()), "model")
             chunks = build_model(
                 model, parallel=parallel, precision=recipe.precision, run=recipe.run, row_tokens=64, mesh=mesh,
                 backend=ReferenceBackend(),
@@ -43,11 +44,14 @@ def test_builds_have_the_parameters_that_are_counted(tensor: int) -> None:
     sums = run_ranks(tensor, built, tensor, ParallelConfig(tensor=tensor))
     assert len(sums[0]) >= 13
     for name, here in sums[0].items():
-        model = ModelConfig(**yaml.safe_load((MODELS[0].parent / f"{name}.yaml").read_text()))
+        model = build(ModelConfig, yaml.safe_load((MODELS[0].parent / f"{name}.yaml").read_text()), "model")
         counted = parameters(model)
         if tensor == 1:
             assert here == counted.total, name
         else:  # norms are on every tensor rank, but for the gated norm of Mamba-2, which is split like everything else
             gated = model.pattern.count("M") * model.mamba_heads * model.mamba_head_dim
             whole = counted.norms - gated
+            # Tensor ranks split the shared expert of an `E` layer; without expert-tensor ranks each has all else.
+            shared = layer_norms(model) + 2 * model.hidden * model.experts.shared_ffn
+            whole += counted.experts - model.pattern.count("E") * shared
             assert sum(each[name] for each in sums) == counted.total + (tensor - 1) * whole, name

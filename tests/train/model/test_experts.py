@@ -10,12 +10,14 @@ from expert_models import EXPERTS, MIXTURE
 from ranks import run_ranks
 from tiny import Numbers, engine_of, microbatches, recipe_with, steps_of
 
+from recipes.schema.ledger import Ledger
 from recipes.schema.recipe import Recipe
 from train.model.experts import ExpertLayer, LoadReading, expert_loads
 from train.model.grouped_linear import grouped_product
 from train.native.gemm import multiply_groups
 from train.precision.control import Reading
 from train.record.stopwatch import Stopwatch
+from train.resilience.spikes import SpikeWatch
 from train.step import train_step
 
 
@@ -50,9 +52,9 @@ def test_the_single_call_for_gpus_gives_the_same() -> None:
 
 
 def loads(rank: int, recipe: Recipe, world: int) -> tuple[list[LoadReading], list[LoadReading], list[float]]:
-    """Two steps; then the readings, those after them, and each layer's bias."""
+    """One step; then the readings, those after them, and each layer's bias."""
     with engine_of(recipe, rank=rank, world=world) as engine:
-        steps_of(engine, recipe, range(2))
+        steps_of(engine, recipe, range(1))
         readings = expert_loads(engine.chunks, engine.mesh)
         layers = [part for chunk in engine.chunks for part in chunk.modules() if isinstance(part, ExpertLayer)]
         bias = [float(layer.router.expert_bias.abs().max()) for layer in layers]
@@ -116,3 +118,34 @@ def test_rows_keep_their_scales_on_any_expert_rank() -> None:
     ((one, _),) = run_ranks(1, measured, recipe_with(**mixture), 1)
     (two, _), _ = run_ranks(2, measured, recipe_with(**mixture, **{"parallel.expert": 2}), 2)
     assert two.losses == pytest.approx(one.losses, rel=1e-6)
+
+
+def bias_of(engine: Any) -> torch.Tensor:
+    layers = [part for chunk in engine.chunks for part in chunk.modules() if isinstance(part, ExpertLayer)]
+    return torch.stack([layer.router.expert_bias for layer in layers]).clone()
+
+
+class Refusing(SpikeWatch):
+    """Takes every step for a spike."""
+
+    def reason(self, loss: float, grad_norm: float) -> str | None:
+        return "a test"
+
+
+def biases(rank: int, recipe: Recipe, world: int) -> list[torch.Tensor]:
+    """The bias before the update of a step, after it, and after a step that was skipped."""
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        seen: list[torch.Tensor] = []
+        steps_of(engine, recipe, range(1), before_update=lambda: seen.append(bias_of(engine)))
+        seen.append(bias_of(engine))
+        rows = microbatches(recipe, engine.mesh, 1)
+        spikes = Refusing(recipe.run.spikes, Ledger())
+        train_step(engine, rows, step=1, learning_rate=1e-3, watch=Stopwatch(), spikes=spikes)
+        return [*seen, bias_of(engine)]
+
+
+def test_the_bias_moves_with_the_weights_only() -> None:
+    """A background save copies the state until `before_update`, and a skipped step must not leave a trace."""
+    for seen in run_ranks(2, biases, recipe_with(**MIXTURE, **{"parallel.expert": 2}), 2):
+        before, after, skipped = seen
+        assert before.eq(0).all() and after.abs().max() > 0 and torch.equal(after, skipped)

@@ -33,7 +33,7 @@ def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
 @pytest.mark.parametrize(
     ("function", "gated"), [(None, False), ("squared_relu", False), ("gelu", True), ("silu", False)]
 )
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 40, 22), (7, 64, 50), (20, 33, 6)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 40, 22), (7, 64, 50), (20, 33, 6), (18, 1300, 40)])
 def test_a_linear_layer_for_few_rows_equals_its_parts(
     rows: int, inputs: int, outputs: int, function: Any, gated: bool, dtype: torch.dtype
 ) -> None:

@@ -24,18 +24,20 @@ from recipes.schema.pattern import (
     parameters,
     visible_keys,
 )
+from recipes.schema.typed import build
 
 H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 H_47B = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
 H_56B = "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-"
 NANO_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 NANO_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
+NANO_3 = "MEMEM*E" * 5 + "MEMEMEM*E" + "MEMEMEME"
 
 
 def published(name: str) -> ModelConfig:
     """A published model, from its recipe group."""
     path = Path(__file__).resolve().parents[3] / "recipes" / "model" / f"{name}.yaml"
-    return ModelConfig(**yaml.safe_load(path.read_text()))
+    return build(ModelConfig, yaml.safe_load(path.read_text()), "model")
 
 
 MODELS = {
@@ -48,6 +50,7 @@ MODELS = {
     "H-56B": published("nemotron_h_56b"),
     "9B-v2": published("nemotron_nano_9b_v2"),
     "12B-v2": published("nemotron_nano_12b_v2"),
+    "3 Nano": published("nemotron3_nano_30b_a3b"),
 }
 PATTERNS = {
     "H-4B": H_8B,
@@ -56,6 +59,7 @@ PATTERNS = {
     "H-56B": H_56B,
     "9B-v2": NANO_9B,
     "12B-v2": NANO_12B,
+    "3 Nano": NANO_3,
     "Gemma 2 2B": "w-*-" * 13,
     "Gemma 2 9B": "w-*-" * 21,
     "Gemma 2 27B": "w-*-" * 23,
@@ -73,6 +77,7 @@ TOTALS = {
     "H-56B": (54, 10, 54, 56_324_350_464),
     "9B-v2": (27, 4, 25, 8_888_227_328),
     "12B-v2": (28, 6, 28, 12_310_001_152),
+    "3 Nano": (23, 6, 0, 31_577_937_344),
 }
 SMALL = ModelConfig(
     pattern="M-M*-M-M*-",
@@ -101,6 +106,15 @@ def test_published_totals_to_the_unit(name: str) -> None:
 def test_published_9b_attention_places() -> None:
     places = [place for place, kind in enumerate(layer_kinds(NANO_9B)) if kind == "*"]
     assert places == [14, 21, 30, 39]
+
+
+def test_nemotron_3_nano_activates_what_its_report_says() -> None:
+    """arXiv 2512.20848: 31.6B parameters, 3.6B active, 3.2B of them without the embedding."""
+    count = parameters(MODELS["3 Nano"])
+    assert counts(NANO_3)["E"] == 23
+    assert [round(n / 1e9, 1) for n in (count.total, count.active, count.active - count.embedding)] == [31.6, 3.6, 3.2]
+    # One expert has two matrices of 2,688 x 1,856; 122 of 128 are idle.
+    assert count.idle == 23 * 122 * 2 * 2688 * 1856
 
 
 def test_parts_of_the_12b() -> None:

@@ -1,0 +1,1 @@
+"""Kubernetes: the manifest of a run, and the command that submits it."""
