@@ -14,7 +14,7 @@ class IntegrityConfig:
 
     enabled: bool = False
     """Compare state and replay steps as the next two fields say."""
-    compare_every_steps: Count = 10
+    compare_every_steps: Count = 25
     """Every so many steps, fingerprint weights and optimizer state: weights must be equal on all data-parallel ranks, and nothing
     may have changed between two updates. 0: never."""
     replay_fraction: Fraction = 0.0025

@@ -1,7 +1,7 @@
 """`python -m tests.bench.integrity [--rounds 8]`: what the checks for silent corruption cost, as a Markdown table.
 
 One process of the smoke recipe's size, one thread. A plain step, the comparison of state, and the replay of a step, in turn;
-medians. The overhead is that of the default intervals: a comparison every 10 steps and a replay of 0.25 % of the steps. With one
+medians. The overhead is that of the default intervals: a comparison every 25 steps and a replay of 0.25 % of the steps. With one
 process the replay computes its own rows only; with data-parallel ranks it also computes those of one or two others.
 """
 
