@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": Command("training", "train.evaluate.command:main", "scores of a checkpoint on tasks, with intervals"),
     "serve": Command("training", "train.serve.command:main", "a model behind OpenAI's API, with a page to try it"),
     "report": Command("training", "train.report.command:main", "a page about a run, or several side by side"),
+    "replay": Command("training", "train.replay.command:main", "one step again, layer by layer, against another execution"),
     "checkpoint": Command("training", "train.checkpoint.__main__:main", "list, verify, compare and rewrite checkpoints"),
     "merge": Command("training", "train.merge.command:main", "a weighted sum of two models, or an average of checkpoints"),
     "preferences": Command("training", "train.align.preferences_command:main", "a model's own answers, judged: data for DPO"),

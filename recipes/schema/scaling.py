@@ -194,6 +194,12 @@ RECIPE_NAMES = {
 """{scaling: name for people, and of its option of the `precision` group}, where the two differ."""
 
 
+def rounds_at_random(precision: PrecisionConfig) -> bool:
+    """Whether some operand is rounded stochastically, which every rank does with numbers of its own."""
+    scalings = [scaling_of(precision, name) for name in scalings_used(precision)]
+    return any(one is not None and (one.grad.stochastic or one.grad_for_weight_grad.stochastic) for one in scalings)
+
+
 def describe_precision(model: ModelConfig, precision: PrecisionConfig, *, tokens: int | None = None) -> str:
     """The precision that really runs, for people: `fp8_blockwise, 6 of 10 layers; ends bf16`. If no layer uses the low-precision
     format, it is not named first: `bf16; fp8_blockwise in none of 4 layers`. tokens: describe the step that starts after this

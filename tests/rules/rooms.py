@@ -59,7 +59,7 @@ STOREYS = (
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint", "train.report"),
-    ("train.copies",),
+    ("train.copies", "train.integrity"),
     (
         "train.distill",
         "train.align.dpo",
@@ -73,7 +73,7 @@ STOREYS = (
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
     ("train.align", "train.merge"),
-    ("train.run",),
+    ("train.run", "train.replay"),
     ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),
 )
