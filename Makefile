@@ -52,6 +52,9 @@ format: setup ## format the code
 test-gpu: setup ## the tests that need a GPU and the `gpu` extra (not run yet by anyone: docs/fp8.md)
 	@$(PY) -m pytest -q -m gpu
 
+docs: ## build the docs as a site with search, runs/site; broken links are errors (an environment of its own, .docs)
+	@bash docs/site/build.sh
+
 validate-plan: setup ## the planner's predictions beside 333 published rows (seconds)
 	@.venv/bin/stratum validate
 
@@ -100,8 +103,8 @@ align-road: setup ## a small model pretrained, fine-tuned, merged and aligned, w
 	@$(PY) -m tests.bench.align_road
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .docs .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe precision-gap compress-curves bench-align align-road clean validate-plan
+.PHONY: help docs setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe bench-resilience precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help
