@@ -23,17 +23,19 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 	@bash tests/launch/slurm/install_slurm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "$(SLURM_TESTS)" tests/launch/slurm
 
-test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://
+test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://; trackers
 	@bash tests/parity/install.sh
 	@bash tests/data/sources/install_clouds.sh
 	@bash tests/train/evaluate/install_harness.sh
 	@bash tests/train/align/install_trl.sh
+	@bash tests/train/record/install_trackers.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py tests/train/checkpoint/test_storage_servers.py tests/launch/kubernetes/test_kubernetes_schemas.py
 	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py tests/train/evaluate/test_function_calls.py
 	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align
+	@.trackers/bin/python -m pytest -q -m oracle tests/train/record
 	@bash tests/parity/install_vllm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
 
@@ -101,8 +103,8 @@ align-road: setup ## a small model pretrained, fine-tuned, merged and aligned, w
 	@$(PY) -m tests.bench.align_road
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .clouds .harness .trl .docs .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .docs .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help docs setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe precision-gap compress-curves bench-align align-road clean validate-plan
+.PHONY: help docs setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe bench-resilience precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help

@@ -171,7 +171,8 @@ def open_prompts(recipe: Recipe, tokenizer: Tokenizer, *, checks: bool = False) 
     """The prompts of a recipe (`objective.grpo`). checks: see `read_material`. Close it. Raises DataError."""
     config = recipe.objective.grpo
     most = recipe.data.row_tokens - config.max_answer_tokens
-    return PromptSet(recipe.data, config.prompts, tokenizer, most_tokens=most, checks=checks)
+    answer = f"objective.grpo.max_answer_tokens={config.max_answer_tokens}"
+    return PromptSet(recipe.data, config.prompts, tokenizer, answer=answer, most_tokens=most, checks=checks)
 
 
 def tokenizer_or_file(config: DataConfig) -> tuple[Tokenizer, Path]:

@@ -19,11 +19,12 @@ from launch.queue import QueuedJob, SlurmError, look_up
 from launch.runs import RunFolder, by_age, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
+from launch.time_spent import goodput, time_spent, totals
 from launch.user_errors import exit_status
 from recipes.schema import units
 from recipes.schema.foreign import printable
 from recipes.schema.options import CommandParser, run_named
-from recipes.schema.run_folder import last_texts
+from recipes.schema.run_folder import METRICS, last_texts, read_metrics
 
 _LOG_LINES = 8
 _STARTING_S = 120.0
@@ -107,6 +108,8 @@ def describe(run: RunFolder, queue: Queue) -> str:
         lines.append(f"  job {_job_line(job)}")
     lines.append(f"  {_progress_line(run)}")
     lines.append(f"  {_state(run, job, queue)}")
+    if spent := _time_spent(run):
+        lines.append(f"  {_time_line(spent)}")
     refusal = last_texts(run.logs / NO_SUCCESSOR, 3)
     if refusal:
         lines.append(
@@ -178,6 +181,20 @@ def _progress_line(run: RunFolder) -> str:
     return f"{text} (last step {units.clock(progress.age_s)} ago)"
 
 
+def _time_spent(run: RunFolder) -> dict[str, float]:
+    """Seconds of the wall time by kind, over all starts; {} without a record. It reads all of metrics.jsonl."""
+    try:
+        return totals(time_spent(read_metrics(run.path / METRICS)))
+    except OSError:
+        return {}
+
+
+def _time_line(spent: dict[str, float]) -> str:
+    whole = sum(spent.values())
+    shares = ", ".join(f"{printable(kind)} {100 * seconds / whole:.1f} %" for kind, seconds in list(spent.items())[:4])
+    return f"goodput {100 * goodput(spent):.1f} % of {units.span(whole)}: {shares}"
+
+
 def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
     if not runs:
         return "no runs in runs/\n"
@@ -201,6 +218,7 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
 
 def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
     job, progress = queue.newest_job(run), run.progress()
+    spent = _time_spent(run)
     attempts = run.attempts()
     return {
         "run": str(run.path),
@@ -211,5 +229,7 @@ def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
         "no_successor": " ".join(last_texts(run.logs / NO_SUCCESSOR, 3)) or None,
         "checkpoint": run.newest_checkpoint(),
         "storage": run.storage_line() or None,
+        "goodput": goodput(spent) if spent else None,
+        "seconds": spent,
         "failures": [asdict(failure) for failure in read_failures(attempts[-1])] if attempts else [],
     }

@@ -1,10 +1,15 @@
 """Set-up of every test: one thread, Megatron importable without CUDA, no network, no time limits on generated examples."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # of a background job; commands that tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 from hypothesis import HealthCheck, settings

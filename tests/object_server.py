@@ -8,6 +8,7 @@ Amazon and Google; signatures are not checked. `tests/train/checkpoint/test_stor
 """
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
+
+SECRET = "0secret0key0of0a0test0"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,18 @@ class ObjectServer:
 
     @property
     def environment(self) -> dict[str, str]:
+        address = f"http://127.0.0.1:{self.port}"
+        google = {
+            "gcs_base_url": address,
+            "disable_oauth": True,
+            "client_email": "",
+            "private_key": "",
+            "private_key_id": "",
+        }
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_ENDPOINT_URL": address, "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET,
+            "STORAGE_EMULATOR_HOST": address, "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(google),
         }  # fmt: skip
 
     def names(self, contains: str = "") -> list[str]:

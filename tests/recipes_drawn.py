@@ -95,7 +95,8 @@ def place_in(folder: Path) -> Place:
             "evaluate.tasks": [(), ("needle-1k",), ("words-1k",), ("bfcl/parallel",), ("nedle",), (str(folder / "mine.yaml"),)],
             "checkpoint.allow": [(), ("data_order", "arithmetic")],
             "schedule.warmup": [0, 4, 50, 0.25], "schedule.decay": [0, 4, 0.5],
-            "telemetry.wandb_project": ["stratum"],
+            "telemetry.wandb_project": ["stratum"], "telemetry.trackio_project": ["stratum"],
+            "telemetry.mlflow": [None, "sqlite:///mlflow.db"], "telemetry.mlflow_experiment": ["stratum"],
             "launch.environment": ["", "NCCL_DEBUG=INFO", "NCCL_DEBUG", "'"],
         },
     )  # fmt: skip

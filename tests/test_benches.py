@@ -62,6 +62,7 @@ def run_bench(words: list[str], output: Path) -> tuple[int, str]:
         ("tests.bench.inference --part context --families mamba --contexts 64 --hidden 128", "| mamba | 64 |"),
         ("tests.bench.moe --hidden 64 --ffn 32 --experts 4 --tokens 64 --rounds 1", "| expert layer |"),
         ("tests.bench.model --part mamba --lengths 16 --rounds 1 --threads 1", "| 128 x 16 |"),
+        ("tests.bench.resilience --part copies --rounds 1 --rows 1 --folder {folder}", "| return from memory |"),
         ("tests.bench.speculation --part rollback --rounds 1 --hidden 128", "| 128 |"),
         ("tests.bench.precision --rounds 1 --threads 1", "| nvfp4 |"),
     ],

@@ -19,7 +19,8 @@ from recipes.schema.optim import ScheduleConfig
 from recipes.schema.pattern import parameters
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import problems, refuse, shape_rules
+from recipes.schema.rules import problems, refuse
+from recipes.schema.scaling import shape_problems
 from recipes.schema.schedule import learning_rate_factor
 from train.build import check
 
@@ -274,7 +275,9 @@ def test_the_composed_recipe_is_printed_and_help_is_ours() -> None:
 def test_every_recipe_meant_for_a_gpu_has_widths_that_fp8_takes_there(name: str) -> None:
     """cuBLASLt needs both dimensions of an FP8 matrix to be multiples of 16. The 130M recipe had an in_proj of 4,120 rows."""
     recipe = recipe_from_mapping(composed(name, "precision=fp8_current"))
-    assert shape_rules(recipe, backend="te") == []
+    rank_tokens = recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context
+    found = shape_problems(recipe.model, parallel=recipe.parallel, precision=recipe.precision, rank_tokens=rank_tokens)
+    assert found == []
 
 
 def test_a_field_that_an_older_run_did_not_have_is_no_change_if_it_has_its_default() -> None:

@@ -100,7 +100,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("trian", "there is no command `stratum trian`. Did you mean `stratum train`?"),
         ("launch locl", "there is no command `stratum launch locl`. Did you mean `stratum launch local`?"),
-        ("launch", "`stratum launch` needs a command. Use one of: local, slurm."),
+        ("launch", "`stratum launch` needs a command. Use one of: local, slurm, kubernetes, node."),
         ("slurm -cn smoke", "Did you mean `stratum launch slurm`?"),
         ("xyzzy", "There are: prepare, inspect,"),
         ("generate smoke --promt x", "unknown option --promt x. Did you mean --prompt?"),

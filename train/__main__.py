@@ -1,7 +1,8 @@
 """`stratum train`, and `-m train` for torchrun: train a recipe.
 
 Exit status: 0 finished, or paused at run.stop_after_steps; 2 a recipe, data, checkpoint or machine that cannot be used; 3 NaN
-or infinity in a gradient, a weight, a moment or an evaluation (such a state is not saved, earlier checkpoints are intact);
+or infinity in a gradient, a weight, a moment or an evaluation (such a state is not saved, earlier checkpoints are intact); 4 a
+rank computed or stored wrong numbers (run.integrity; suspects.jsonl in the run's folder names its host);
 128 + the signal's number if a signal stopped the run (a checkpoint was written).
 """
 
@@ -31,7 +32,8 @@ torchrun --nproc-per-node 4 -m train -cn smoke parallel.tensor=2 parallel.pipeli
 _NOTES = """
 Several processes: `stratum launch local`, `stratum launch slurm`, or torchrun as above. Ctrl-C, SIGTERM and SIGUSR1 save at the
 end of the step. Exit status: 0 finished, or paused at run.stop_after_steps; 2 a recipe, data, checkpoint or machine that
-cannot be used; 3 NaN or infinity; 128 + the signal's number if a signal stopped the run (a checkpoint was written).
+cannot be used; 3 NaN or infinity; 4 a rank gave wrong numbers (run.integrity); 128 + the signal's number if a signal stopped the
+run (a checkpoint was written).
 """
 
 

@@ -21,6 +21,7 @@ from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
 from train.copies.memory_copies import MemoryCopies
 from train.engine import Engine
+from train.integrity.watch import Integrity
 from train.model.experts import expert_loads
 from train.parallel.mesh import Mesh
 from train.record.profile import GarbageControl, Profiler, phase
@@ -29,7 +30,7 @@ from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
 from train.resilience.spikes import Spike, SpikeWatch
 from train.resilience.stragglers import WINDOW, Stragglers, typical
-from train.step import train_step
+from train.step import StepResult, train_step
 
 _RANKS_RECORDED = 64
 """Ranks in a table of times: the slowest."""
@@ -79,14 +80,18 @@ def train_loop(
     copies: MemoryCopies | None = None,
     copy: Callable[[int, int], None] | None = None,
     spikes: SpikeWatch | None = None,
+    integrity: Integrity | None = None,
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
     evaluate(step), save(step, position, background=...), copy(step, position), report(skipped step): called on every rank.
-    spikes: looks for spikes; None: only NaN and infinity, which end the run. Raises NumericsError, CheckpointError, DataError.
+    spikes: looks for spikes; None: only NaN and infinity, which end the run. integrity: looks for corrupted numbers. Raises
+    NumericsError, CheckpointError, DataError, CorruptionError.
     """
     run, mesh = recipe.run, engine.mesh
     step = first_step
+    if integrity is not None:
+        integrity.forget()
     tokens_per_step = run.global_rows * engine.row_tokens
     last_step = run.steps
     received: signal.Signals | None = None
@@ -138,16 +143,26 @@ def train_loop(
                 total_steps=run.steps,
                 tokens_per_step=tokens_per_step,
             )
-            result = train_step(
-                engine,
-                microbatches,
-                step=step,
-                learning_rate=recipe.optim.lr * factor,
-                watch=watch,
-                measure=is_measured(step + 1),
-                before_update=before_update,
-                spikes=spikes,
-            )
+            rate = recipe.optim.lr * factor
+
+            def take(
+                before: Callable[[], None], at: int = step, rows: Any = microbatches, rate: float = rate
+            ) -> StepResult:
+                return train_step(
+                    engine,
+                    rows,
+                    step=at,
+                    learning_rate=rate,
+                    watch=watch,  # noqa: B023  used within this iteration only
+                    measure=is_measured(at + 1),
+                    before_update=before,
+                    spikes=spikes,
+                )
+
+            if integrity is None:
+                result = take(before_update)
+            else:
+                result = integrity.take(step + 1, microbatches, before_update=before_update, train=take)
             if result.spike is not None and run.spikes.policy == "rollback":
                 telemetry.flush()
                 flags_of_all_ranks()
@@ -162,7 +177,7 @@ def train_loop(
                 loss=result.loss,
                 parts=result.parts,
                 grad_norm=result.grad_norm,
-                learning_rate=recipe.optim.lr * factor,
+                learning_rate=rate,
                 seconds=watch.seconds,
                 tokens=stream.tokens,
                 step_tokens=stream.step_tokens,

@@ -19,7 +19,7 @@ from data.chat.prompts import PromptSet
 from data.order.left_out import left_out
 from data.stream import Dataset, Stream
 from data.system import disk
-from recipes.schema.errors import CheckpointError, DataError, NumericsError, refuse
+from recipes.schema.errors import CheckpointError, CorruptionError, DataError, NumericsError, refuse
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.facts import named as named_checkpoint
 from recipes.schema.ledger import Ledger
@@ -28,7 +28,7 @@ from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.run_folder import METRICS
-from recipes.schema.scaling import describe_precision
+from recipes.schema.scaling import describe_precision, rounds_at_random
 from train.align.dpo import implicit_pairs_step
 from train.align.frozen_models import FrozenModels, check_frozen_models, open_frozen_models
 from train.align.policy_stream import PolicyStream
@@ -49,9 +49,10 @@ from train.evaluate.ask import TaskResult
 from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.training_tasks import open_training_tasks, task_scores
+from train.integrity.watch import Integrity
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
-from train.native.kernel_versions import describe, of_all_ranks
+from train.native.kernel_versions import are_mixed, describe, of_all_ranks
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.profile import Profiler
@@ -145,7 +146,8 @@ def _train(
         if isinstance(material, Dataset):
             _check_teacher_cache(recipe, material, position)
         folder.mkdir(parents=True, exist_ok=True)
-        disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
+        if not (folder / "recipe.yaml").exists():  # it makes the folder a run's
+            disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
     reference: Attach | None = None
     if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
@@ -236,6 +238,8 @@ def _train(
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
         stack.callback(profiler.close)
+        if mesh.rank == 0:  # after all that may refuse: a start that fails leaves the recipe of a run as it was
+            disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
         if start.text:
             telemetry.event("audit", step=step, text=start.text)
         telemetry.event(
@@ -249,6 +253,7 @@ def _train(
             kernels=kernels,
             precision=describe_precision(recipe.model, recipe.precision),
         )
+        integrity = _integrity(recipe, engine, telemetry=telemetry, folder=folder, kernels=kernels, material=material)
         if step == 0:
             evaluate(0)
         if recipe.run.spikes.policy == "rollback" and not mesh.any_rank(bool(checkpoints.published())):
@@ -270,6 +275,7 @@ def _train(
                     copies=copies,
                     copy=copy,
                     spikes=spikes,
+                    integrity=integrity,
                 )
                 if end.spike is None:
                     break
@@ -298,7 +304,10 @@ def _train(
                 step, spikes = saved.step, SpikeWatch(recipe.run.spikes, ledger)
                 stream = _stream_of_rows(recipe, material, mesh=mesh, position=saved.position)
                 stack.enter_context(stream)
-        except NumericsError:
+                integrity = _integrity(
+                    recipe, engine, telemetry=telemetry, folder=folder, kernels=kernels, material=material
+                )
+        except (NumericsError, CorruptionError):
             if copies is not None:
                 copies.delete()  # the next start must go back to a checkpoint, as the error says
             raise
@@ -311,6 +320,30 @@ def _train(
 
 def _spike_watch(recipe: Recipe, ledger: Ledger) -> SpikeWatch | None:
     return None if recipe.run.spikes.policy == "stop" else SpikeWatch(recipe.run.spikes, ledger)
+
+
+def _integrity(
+    recipe: Recipe, engine: Engine, *, telemetry: Telemetry, folder: Path, kernels: str, material: Dataset | PromptSet
+) -> Integrity | None:
+    """The checks for corrupted numbers that the recipe asks for; None if it asks for none."""
+    config = recipe.run.integrity
+    if not config.enabled:
+        return None
+    is_random = rounds_at_random(recipe.precision)
+    if are_mixed(kernels) or is_random:
+        log.warning(
+            "ranks %s: run.integrity replays steps on their own rank only.",
+            "round at random, each with its own seed" if is_random else "run different kernels",
+        )
+    return Integrity(
+        config,
+        engine,
+        telemetry=telemetry,
+        folder=folder,
+        seed=recipe.run.seed,
+        rows=material.training_rows if isinstance(material, Dataset) else None,
+        compares_ranks=not (are_mixed(kernels) or is_random),
+    )
 
 
 def _go_back(

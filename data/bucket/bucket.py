@@ -102,28 +102,24 @@ class Bucket:
 
         self._obstore = obstore
         retries = self._retries = retries or Retries()
-        options = {
-            "timeout": timedelta(seconds=retries.timeout_s),
-            "connect_timeout": timedelta(seconds=min(10.0, retries.timeout_s)),
-            "allow_http": any(url.startswith("http://") for url in map(os.environ.get, _ENDPOINTS) if url),
+        settings: dict[str, Any] = {
+            "client_options": {
+                "timeout": timedelta(seconds=retries.timeout_s),
+                "connect_timeout": timedelta(seconds=min(10.0, retries.timeout_s)),
+                "allow_http": any(url.startswith("http://") for url in map(os.environ.get, _ENDPOINTS) if url),
+            },
+            "retry_config": {
+                "max_retries": retries.count,
+                "backoff": {
+                    "init_backoff": timedelta(seconds=retries.first_wait_s),
+                    "max_backoff": timedelta(seconds=retries.most_wait_s),
+                },
+                "retry_timeout": timedelta(seconds=retries.total_s),
+            },
         }
-        backoff = {
-            "init_backoff": timedelta(seconds=retries.first_wait_s),
-            "max_backoff": timedelta(seconds=retries.most_wait_s),
-        }
-        again = {
-            "max_retries": retries.count,
-            "backoff": backoff,
-            "retry_timeout": timedelta(seconds=retries.total_s),
-        }
-        config = _aws_files() if address.startswith("s3://") else {}
+        settings |= _aws_files() if address.startswith("s3://") else {}
         with self._errors(""):
-            self._store: Any = obstore.store.from_url(
-                self.address,
-                client_options=options,  # type: ignore[arg-type]
-                retry_config=again,  # type: ignore[arg-type]
-                **config,  # type: ignore[arg-type]
-            )
+            self._store: Any = obstore.store.from_url(self.address, **settings)
 
     def read(self, name: str) -> tuple[bytes, Version]:
         """A small object and its version. MissingError if there is none."""

@@ -121,12 +121,20 @@ class PromptSet(Closing):
     """Prompts in the order in which a run draws them, as token ids. Use it as a context manager: it has a process."""
 
     def __init__(
-        self, config: DataConfig, paths: Sequence[str], tokenizer: Tokenizer, *, most_tokens: int, checks: bool = False
+        self,
+        config: DataConfig,
+        paths: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        answer: str,
+        most_tokens: int,
+        checks: bool = False,
     ) -> None:
-        """most_tokens: of a prompt. checks: render all prompts now, so that the first bad one is reported now. DataError."""
+        """answer: the option with the length of answers, for messages. most_tokens: of a prompt. checks: render all
+        prompts now, so that the first bad one is reported now. DataError."""
         self.tokenizer = tokenizer
         self.prompts, self._digest = read_prompts(paths)
-        self._config, self._most_tokens = config, most_tokens
+        self._config, self._answer, self._most_tokens = config, answer, most_tokens
         self._order = RowOrder(len(self.prompts), key=config.seed)
         self._template = open_template(config.chat.template, tokenizer)
         self._ids: dict[int, list[int]] = {}
@@ -174,9 +182,9 @@ class PromptSet(Closing):
                 raise DataError(f"{prompt.place}: {error}.") from error
             if len(ids) > self._most_tokens:
                 raise DataError(
-                    f"{prompt.place}: the prompt has {len(ids):,} tokens, and with objective.grpo.max_answer_tokens only "
-                    f"{max(0, self._most_tokens):,} fit into data.row_tokens={self._config.row_tokens:,}. Use longer rows, or "
-                    f"remove it."
+                    f"{prompt.place}: the prompt has {len(ids):,} tokens, and with {self._answer} only "
+                    f"{max(0, self._most_tokens):,} fit into data.row_tokens={self._config.row_tokens:,}. Use shorter answers or "
+                    f"longer rows, or remove the prompt."
                 )
             self._ids[index] = ids
         return self._ids[index]

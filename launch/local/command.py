@@ -88,7 +88,7 @@ def _launch(recipe: Recipe, words: Sequence[str], *, show: str) -> int:
         processes=processes,
         environment=environment,
         shown=shown,
-        modules=_IMPORTS,
+        modules=() if gpus else _IMPORTS,  # CUDA does not work in a fork of a process that has called it; not tried
         devices=tuple(_visible_gpus()[:gpus]) if gpus else (),
     )
 

@@ -4,9 +4,10 @@
              --words, environment, two descriptors for output--> fork --> the rank: launch.local.rank in its own session
              <--process id, and later its exit status--
 
-It stays for the launcher's life, so the ranks of a restart need no imports either, and it uses no processor time meanwhile. If it
-dies, its ranks get SIGTERM, and the launcher starts the next ranks in the ordinary way. It must not have started threads when it
-forks, and no CUDA context; a module that has done so makes it refuse. Not run on a GPU.
+It stays for the launcher's life, so the ranks of a restart need no imports either, and uses no processor time meanwhile. If it
+dies, its ranks get SIGTERM, and the launcher starts the next ranks in the ordinary way. It refuses to fork if a module has
+started threads or made a CUDA context. `launch local` uses it without GPUs only: whether the imports call CUDA on a machine that
+has it was not tried.
 """
 
 import contextlib

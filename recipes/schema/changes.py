@@ -25,8 +25,8 @@ _KINDS: dict[str, Kind] = {
         (
             "run.folder", "run.name", "run.device", "run.threads", "run.stop_after_steps",
             "run.deterministic", "run.start_from", "run.profile", "run.profile_ranks", "run.profile_memory",
-            "run.garbage_every_steps", "run.memory_copies", "run.storage", "objective.teacher_tensor", "objective.chunk_tokens",
-            "parallel",
+            "run.garbage_every_steps", "run.memory_copies", "run.storage", "run.integrity", "objective.teacher_tensor",
+            "objective.chunk_tokens", "parallel",
             "objective.dpo.reference_log_probs",
             "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
             "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",

@@ -48,6 +48,13 @@ class NumericsError(StratumError):
     """Not 2, because recipe and checkpoints are usable. Launchers do not restart the run: it would repeat the same steps."""
 
 
+class CorruptionError(StratumError):
+    """A rank computed or stored wrong numbers. The message and `suspects.jsonl` in the run's folder name its host."""
+
+    status = 4
+    """A machine is at fault, not the recipe: launchers restart the run, best without that host."""
+
+
 class BackendError(StratumError):
     """The configured backend or device is not usable on this machine."""
 

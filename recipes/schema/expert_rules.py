@@ -13,9 +13,9 @@ _DENSE = "Use a model without `E` layers (model.pattern)."
 
 
 def expert_problems(recipe: Recipe) -> list[Problem]:
-    """Objectives that no run with `E` layers has been tried with."""
+    """Objectives that do not work with `E` layers: a teacher has no expert groups, GRPO has not been tried."""
     kind = recipe.objective.kind
-    if not has_experts(recipe.model) or kind == "next_token":
+    if not has_experts(recipe.model) or kind not in ("distill", "grpo"):
         return []
     text = f"objective.kind={kind} does not support `E` layers (model.pattern={recipe.model.pattern})."
     return [Problem("objective.kind", text, f"Use objective.kind=next_token. {_DENSE}")]
@@ -33,7 +33,7 @@ def expert_precision_problems(model: ModelConfig, precision: PrecisionConfig, *,
     low = any("mlp.experts.linear_fc1" in names for names in low_precision_linears(model, precision).values())
     if low and "delayed" in used:
         text = "precision.scaling=delayed has one history a linear layer, but each expert of an `E` layer would need its own."
-        found.append(Problem("precision.scaling", text, "Use current, blockwise, mxfp8 or nvfp4."))
+        found.append(Problem("precision.scaling", text, "Use precision.scaling=current, or blockwise, mxfp8 or nvfp4."))
     if low and backend == "te":
         text = f"precision.scaling={'/'.join(used)}: on the te backend, experts of `E` layers multiply in high precision only."
         found.append(Problem("precision.scaling", text, "Use precision.scaling=none, or precision.backend=emulated."))

@@ -128,7 +128,7 @@ def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> lis
             f"parallel.expert={parallel.expert} x expert_tensor={parallel.expert_tensor} does not divide the {stage} ranks of a "
             f"pipeline stage (world / pipeline)."
         )
-        remedy = f"Use degrees whose product is {_choices(stage)}."
+        remedy = f"Use parallel.expert=1 and expert_tensor=1, or degrees whose product is {_choices(stage)}."
         return [Problem("parallel.expert", text, remedy)]
     data = world // degrees
     microbatches, not_whole = divmod(run.global_rows, run.microbatch_rows * data)

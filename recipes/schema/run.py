@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from recipes.schema.fields import Count, PositiveInt, Seed
+from recipes.schema.integrity import IntegrityConfig
 from recipes.schema.memory_copies import MemoryCopiesConfig
 from recipes.schema.spikes import SpikesConfig
 
@@ -57,3 +58,5 @@ class RunConfig:
     """Copies of the training state in memory, for a fast return after a failure."""
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     """What happens when a loss or gradient is not finite, or an outlier."""
+    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
+    """Detection of silent data corruption."""

@@ -28,6 +28,8 @@ from recipes.schema.foreign import open_regular, parse_yaml, read_bounded_text, 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+SUSPECTS = "suspects.jsonl"
+"""Ranks and hosts that were found to compute or store wrong numbers, one JSON object a line (`train.integrity`)."""
 POINTER = "latest"
 
 Line = dict[str, Any]

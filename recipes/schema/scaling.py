@@ -194,6 +194,12 @@ RECIPE_NAMES = {
 """{scaling: name for people, and of its option of the `precision` group}, where the two differ."""
 
 
+def rounds_at_random(precision: PrecisionConfig) -> bool:
+    """Whether some operand is rounded stochastically, which every rank does with numbers of its own."""
+    scalings = [scaling_of(precision, name) for name in scalings_used(precision)]
+    return any(one is not None and (one.grad.stochastic or one.grad_for_weight_grad.stochastic) for one in scalings)
+
+
 def describe_precision(model: ModelConfig, precision: PrecisionConfig, *, tokens: int | None = None) -> str:
     """The precision that really runs, for people: `fp8_blockwise, 6 of 10 layers; ends bf16`. If no layer uses the low-precision
     format, it is not named first: `bf16; fp8_blockwise in none of 4 layers`. tokens: describe the step that starts after this
@@ -250,6 +256,9 @@ def linear_shapes(
 
 def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:
     """A remedy for the widths of a layer kind: one field, with the next larger value for which all widths are allowed."""
+    if kind == "E":
+        fields = "model.experts.ffn, shared_ffn and latent and model.hidden"
+        return f"Use multiples of {multiple} for {fields} on each rank."
     name = {"M": "mamba_heads", "-": "ffn"}.get(kind, "head_dim")
     step = model.mamba_groups if kind == "M" else 1
     value = getattr(model, name)
@@ -283,9 +292,9 @@ def shape_problems(
     kinds = layer_kinds(model.pattern)
     problems = []
     for kind in dict.fromkeys(kinds[index] for index in layers):
-        if kind == "E":
-            continue  # no GPU runs them in low precision yet (`expert_rules`)
-        for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
+        for name, (out, into) in linear_shapes(
+            model, kind, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor
+        ).items():
             for what, value in (("output", out), ("input", into)):
                 if value % multiple:
                     text = (

@@ -199,6 +199,18 @@ class TraceConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """Options of `stratum replay`."""
+
+    step: PositiveInt | None = None
+    """The step to compute again, counted from 1 as in metrics.jsonl."""
+    against: str | None = None
+    """What to compare with: another run (its folder or name), or a file of --out. By default the step is computed twice."""
+    out: str | None = None
+    """File for the statistics (JSON), to compare with on another machine."""
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """Options of `stratum merge`."""
 

@@ -1,6 +1,6 @@
 """`make bench-resilience`: what copies in memory cost, and how long a return from memory and from disk takes, as Markdown tables.
 
-python -m tests.bench.resilience [--part copies|return] [--rounds 12] [--folder /dev/shm] [-- OVERRIDE ...]
+python -m tests.bench.resilience [--part copies|return] [--rounds 12] [--rows 8] [--folder /dev/shm] [-- OVERRIDE ...]
 
 copies: one process of the smoke recipe's size, one thread of computing; a copy has another core. Single steps with a copy
 after each and without, in turn. The stall is the time that training waits: to prepare the copy, and for it before the update.
@@ -28,13 +28,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tiny import engine_of
+import torch
+from tiny import engine_of, one_document_rows
 
 from launch.children import stratum
 from recipes.schema.memory_copies import MemoryCopiesConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import read_metrics
-from tests.bench.__main__ import SMOKE, batch_of, recipe_of
+from tests.bench.__main__ import SMOKE, recipe_of
 from tests.bench.checkpoint import forget, timed
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
@@ -42,7 +43,7 @@ from train.copies.restore import open_copies, resume_from_memory
 from train.record.stopwatch import Stopwatch
 from train.step import train_step
 
-WARM_UP = 2
+WARM_UP = 1
 
 
 def bench_copies(recipe: Recipe, folder: Path, rounds: int) -> dict[str, float]:
@@ -53,7 +54,8 @@ def bench_copies(recipe: Recipe, folder: Path, rounds: int) -> dict[str, float]:
         copies = open_copies(recipe.run.memory_copies, engine.mesh, folder / "run")
         assert copies is not None
         assert copies.prepare(engine, RunState(), stream={}, used=None) is None
-        batch = batch_of(recipe.model.vocab)
+        both = torch.randint(0, recipe.model.vocab, (recipe.run.microbatch_rows, recipe.data.row_tokens + 1))
+        batch = one_document_rows(both[:, :-1].contiguous(), both[:, 1:].contiguous())
         step = 0
 
         def train(*, copy: bool) -> None:
@@ -117,8 +119,8 @@ def bench_return(folder: Path, words: list[str]) -> None:
     """Kill rank 1 of two in the middle of a run, and look at what happened when."""
     run = folder / "return"
     command = [*stratum("launch", "local", "-cn", "smoke"), "run.name=return", f"run.folder={folder}", "--nproc", "2",
-               "run.threads=1", "run.microbatch_rows=4",
-               "telemetry.log_every_steps=1", "checkpoint.every_steps=0", "run.steps=14",
+               "run.threads=1", "run.microbatch_rows=4", "telemetry.log_every_steps=1", "checkpoint.every_steps=0",
+               "run.steps=14", "evaluate.rows_per_source=1",
                "run.memory_copies.every_steps=1", f"run.memory_copies.folder={folder}", *words]  # fmt: skip
     started = time.time()
     with (folder / "output").open("w") as output:
@@ -127,9 +129,13 @@ def bench_return(folder: Path, words: list[str]) -> None:
         )
         try:
             wait_for(lambda: lines_of(run, "step")[7:], child, folder)
-            owner = json.loads(max((run / "lease").glob("*.json")).read_text())
+            owner = newest_owner(run)
             killed = time.time()
             os.kill(owner["pid"], signal.SIGKILL)
+            wait_for(lambda: len(list((run / "logs").iterdir())) > 1, child, folder)
+            again = time.time()
+            wait_for(lambda: newest_owner(run)["pid"] != owner["pid"], child, folder)
+            taken = time.time()
             status = child.wait(timeout=300)
         finally:
             child.kill()
@@ -141,17 +147,22 @@ def bench_return(folder: Path, words: list[str]) -> None:
     print("| return after a kill, two processes | s |\n|---|---|")
     print(f"| first start: command to the end of the first step | {first['time'] - started:.1f} |")
     for name, value in (
-        (
-            "kill to the new trainer's first line (detection, fork, groups, data, model, state)",
-            machine["time"] - killed,
-        ),
-        ("until it trains", resumed["time"] - machine["time"]),
+        ("detection: kill to the next attempt", again - killed),
+        ("fork, recipe, data, process groups: until the trainer owns the run", taken - again),
+        ("model, optimizer, state from memory", machine["time"] - taken),
+        ("memory for the next copies", resumed["time"] - machine["time"]),
         ("first step", back["time"] - resumed["time"]),
         ("**kill to the end of the next step**", back["time"] - killed),
     ):
         print(f"| {name} | {value:.1f} |")
     before = max(line["step"] for line in lines_of(run, "step") if line["time"] < killed)
     print(f"\nContinued after step {resumed['step']}; the last step before the kill was {before}.")
+
+
+def newest_owner(run: Path) -> dict[str, Any]:
+    """The process that owns the run, by its lease."""
+    owner: dict[str, Any] = json.loads(max((run / "lease").glob("0*.json")).read_text())
+    return owner
 
 
 def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -170,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--part", choices=("copies", "return"))
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step, for `copies`")
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("words", nargs="*", help="more overrides for `return`, after --")
     own = parser.parse_args()
@@ -177,7 +189,9 @@ def main() -> None:
         if own.part in (None, "copies"):
             recipe = recipe_of(SMOKE)
             copies = MemoryCopiesConfig(every_steps=1, folder=memory)
-            recipe = replace(recipe, run=replace(recipe.run, memory_copies=copies))
+            recipe = replace(
+                recipe, run=replace(recipe.run, global_rows=own.rows, microbatch_rows=own.rows, memory_copies=copies)
+            )
             with tempfile.TemporaryDirectory() as folder:
                 show_copies(bench_copies(recipe, Path(folder), own.rounds))
         if own.part in (None, "return"):

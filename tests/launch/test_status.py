@@ -152,3 +152,13 @@ def test_logs_shows_the_newest_lines_and_follows(run: RunFolder, capsys: pytest.
     child.send_signal(signal.SIGINT)
     child.communicate()
     assert child.returncode == 0
+
+
+def test_status_says_what_is_in_storage_and_why_a_copy_failed(run: RunFolder) -> None:
+    assert "storage" not in describe(run, Queue())
+    (run.path / "recipe.yaml").write_text("run: {steps: 100, storage: 's3://bucket/runs'}\n")
+    assert "storage s3://bucket/runs: no copy in the last lines of the record" in describe(run, Queue())
+    with (run.path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "storage_copy", "step": 10}\n')
+        stream.write('{"kind": "storage_failed", "step": 20, "error": "Access Denied"}\n')
+    assert "step 10 is copied; the last try failed: Access Denied" in describe(run, Queue())

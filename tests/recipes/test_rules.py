@@ -71,8 +71,8 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "model.experts.top_k=2 from model.experts.top_groups=3 groups of 2 experts: a group is scored by its best",
     ),
     "experts and another objective": (
-        MIXED | {"objective.kind": "reward", "model.head": "scalar"},
-        "objective.kind=reward does not support `E` layers (model.pattern=ME*E).",
+        MIXED | {"objective.kind": "distill"},
+        "objective.kind=distill does not support `E` layers (model.pattern=ME*E).",
     ),
     "rounded weights of experts": (
         MIXED | {"precision.quantize_weights": "int8"},

@@ -45,13 +45,21 @@ STOREYS = (
     ("launch.status", "launch.logs"),
     ("launch.__main__",),
     # train
-    ("train", "train.megatron", "train.native", "train.resilience", "train.hf.mapping", "train.hf.files"),
+    (
+        "train",
+        "train.megatron",
+        "train.native",
+        "train.resilience",
+        "train.hf.mapping",
+        "train.hf.files",
+        "train.command_list",
+    ),
     ("train.record", "train.parallel", "train.hf.config"),
     ("train.precision", "train.optim", "train.quantize"),
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint", "train.report"),
-    ("train.copies",),
+    ("train.copies", "train.integrity"),
     (
         "train.distill",
         "train.align.dpo",
@@ -65,8 +73,8 @@ STOREYS = (
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
     ("train.align", "train.merge"),
-    ("train.run",),
-    ("train.hf", "train.serve", "train.__main__"),
+    ("train.run", "train.replay"),
+    ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""

@@ -46,7 +46,10 @@ def write_preferences(recipe: Recipe, config: PreferencesConfig) -> int:
     )
     with opened(recipe, checkpoint=config.checkpoint) as it:
         most = recipe.data.row_tokens - config.tokens
-        with PromptSet(recipe.data, [config.prompts], it.tokenizer, most_tokens=most, checks=True) as prompts:
+        answer = f"--tokens {config.tokens}"
+        with PromptSet(
+            recipe.data, [config.prompts], it.tokenizer, answer=answer, most_tokens=most, checks=True
+        ) as prompts:
             verifiers = check_prompts(prompts.prompts, drawing)
             lineage = _lineage(it, config, prompts)
             work = out.with_name(f".{out.name}.work")

@@ -12,7 +12,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.tools import PreferencesConfig
 
 _EXAMPLES = """
-stratum preferences runs/tiny_sft --prompts judged.jsonl --out pairs.jsonl --samples 8
+stratum preferences runs/tiny_sft --prompts judged.jsonl --out pairs.jsonl --samples 8 --tokens 32
 """
 _NOTES = """
 A record of --prompts has messages (or a prompt), a verifier such as {"kind": "number"}, and what it needs, such as target.

@@ -16,6 +16,7 @@ scores depend on the layout only through the rounding of the forward pass.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ def width_scores(engine: Engine, model: ModelConfig, dataset: Dataset, *, rows: 
     with torch.no_grad():
         run_schedule(engine, microbatches, forward_step=step, forward_only=True)
     merged = _merge(sums.values, model, mesh)
-    scores = Scores(model=_mapping(model), parent=parent, rows=rows)
+    scores = Scores(model=asdict(model), parent=parent, rows=rows)
     tokens = rows * engine.row_tokens
     kinds = layer_kinds(model.pattern)
     scores.hidden = np.sqrt(merged["hidden"])
@@ -371,10 +372,6 @@ def _merge(values: dict[str, torch.Tensor], model: ModelConfig, mesh: Mesh) -> d
                 value = np.concatenate([s[name] for s in slices]) if is_cut else slices[0][name]
                 merged[name] = merged[name] + value if name in merged else value
     return merged
-
-
-def _mapping(model: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in model.__dataclass_fields__}
 
 
 def _no_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
 from train.evaluate.deal import deal, evaluating
 from train.objective.next_token import local_rows
@@ -31,6 +32,11 @@ def heldout_bits_per_byte(engine: Engine, dataset: Any, *, rows_per_source: int)
 def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token_bytes: np.ndarray) -> float:
     layout, mesh = engine.mesh.layout, engine.mesh
     count = min(limit, dataset.heldout_count(name))
+    if not count:  # Megatron's schedule fails without a microbatch
+        raise DataError(
+            f"source {name!r} has no held-out row of data.row_tokens={engine.row_tokens}. Raise "
+            f"data.sources.{name}.heldout_fraction, or add text, and prepare the data again; or lower data.row_tokens."
+        )
     batch = dataset.heldout_rows(name, 0, count)
     dealt = deal(count, mesh, microbatch_rows=engine.microbatch_rows)
     microbatches = [batch.select(np.array([row for row, _ in part])) for part in dealt]

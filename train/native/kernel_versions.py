@@ -32,3 +32,8 @@ def of_all_ranks(forms: list[str]) -> str:
         f"{form} on rank{'s' * (len(r) > 1)} {', '.join(r[:8])}{' ...' * (len(r) > 8)}" for form, r in ranks.items()
     )
     return "; ".join(named)
+
+
+def are_mixed(text: str) -> bool:
+    """Whether a text of `of_all_ranks` is of ranks that round differently."""
+    return " on rank" in text

@@ -91,7 +91,7 @@ def take(bucket: Bucket, *, expiry_s: float = EXPIRY_S) -> StorageLease:
                 return _take_over(bucket, found, owner)
             if seen is None and state == "unknown":
                 seen = found
-                log.info(
+                log.warning(
                     "%s was written by %s; waiting up to %.0f s for a sign of life",
                     bucket.address,
                     found.owner.describe(),

@@ -22,7 +22,7 @@ def written(path: Path, records: list[Any]) -> str:
 
 def opened(path: str, *, most_tokens: int = 64, seed: int = 1) -> PromptSet:
     config = DataConfig(chat=ChatConfig(template="chatml"), row_tokens=96, seed=seed)
-    return PromptSet(config, [path], tokenizer(), most_tokens=most_tokens)
+    return PromptSet(config, [path], tokenizer(), answer="--tokens 8", most_tokens=most_tokens)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,10 @@ def test_ids_are_those_of_the_chat_template(tmp_path: Path) -> None:
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "p.jsonl", [{"prompt": "word " * 90, "verifier": VERIFIER}])
-    with opened(path) as prompts, pytest.raises(DataError, match=r"line 1: the prompt has \d+ tokens.* only 64 fit"):
+    with (
+        opened(path) as prompts,
+        pytest.raises(DataError, match=r"the prompt has \d+ tokens, and with --tokens 8 only 64 fit"),
+    ):
         prompts.ids(0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expert_models import MIXTURE
 from preference_rows import drawn_rows
 from ranks import run_ranks
 from tiny import ROW_TOKENS, Numbers, engine_of, recipe_with
@@ -132,6 +133,12 @@ def test_layout_prefers_as_one_process_does(name: str, single: Any) -> None:
     assert numbers.losses == pytest.approx(single[0].losses, rel=ROUNDING)
     assert numbers.grad_norms == pytest.approx(single[0].grad_norms, rel=ROUNDING)
     assert first == pytest.approx(single[1], rel=1e-5)
+
+
+def test_experts_prefer_as_one_process_does() -> None:
+    one, two = trained(1, **MIXTURE)[0], trained(2, **MIXTURE, **{"parallel.expert": 2})[0]
+    assert two.losses == pytest.approx(one.losses, rel=ROUNDING)
+    assert two.grad_norms == pytest.approx(one.grad_norms, rel=ROUNDING)
 
 
 def exchanged(pairs: PairLogProbs) -> PairLogProbs:

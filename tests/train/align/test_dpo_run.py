@@ -168,6 +168,25 @@ def test_other_weights_and_damage_are_named_and_more_steps_are_computed(place: R
     assert f"{piece} is damaged. Remove it: its rows are then computed again." in said
 
 
+def test_changed_preferences_are_refused_and_leave_the_recipe_of_the_run(place: Recipe) -> None:
+    """A start that was allowed to change data, and failed at the reference, had replaced the run's recipe.yaml."""
+    recipe = named(place, "exchanged")
+    run = run_of(replace(recipe, run=replace(recipe.run, stop_after_steps=1)))
+    source = place.data.sources["pairs"]
+    changed = Path(place.run.folder) / "changed.jsonl"
+    changed.write_text(Path(source.path).read_text().replace("No, not 3.", "Three."))
+    data = replace(
+        place.data, folder=f"{place.run.folder}/changed data", sources={"pairs": replace(source, path=str(changed))}
+    )
+    prepare(data, console=Console(quiet=True))
+    before = (run.folder / "recipe.yaml").read_bytes()
+    other = replace(recipe, data=data)
+    assert "was trained on data" in run_ranks(1, refused, other)[0]
+    other = replace(other, checkpoint=replace(other.checkpoint, allow=("data_order",)))
+    assert "reference has log-probabilities of another reference: data " in run_ranks(1, refused, other)[0]
+    assert (run.folder / "recipe.yaml").read_bytes() == before
+
+
 def test_a_recipe_without_a_reference_is_refused(place: Recipe) -> None:
     recipe = replace(named(place, "none"), run=replace(place.run, name="none", start_from=None))
     (said,) = run_ranks(1, refused, recipe)

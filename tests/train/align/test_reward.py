@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from expert_models import MIXTURE
 from preference_rows import batch_of, drawn_rows, preference_row
 from ranks import run_ranks
 from tiny import GEMMA, ROW_TOKENS, engine_of, recipe_with
@@ -127,6 +128,12 @@ def test_gemma_2_with_tied_embeddings_learns_the_same_at_two_stages() -> None:
     """The recipe's tied embeddings and its cap on logits do not concern a scalar head."""
     (one, expected), (two, _) = trained(1, **GEMMA), trained(2, **GEMMA, **{"parallel.pipeline": 2})
     assert one[0][0] == pytest.approx(expected[0], rel=ROUNDING)
+    for found, wanted in zip(two, one, strict=True):
+        assert found[:2] == pytest.approx(wanted[:2], rel=ROUNDING)
+
+
+def test_experts_learn_the_same_on_two_expert_ranks() -> None:
+    (one, _), (two, _) = trained(1, **MIXTURE), trained(2, **MIXTURE, **{"parallel.expert": 2})
     for found, wanted in zip(two, one, strict=True):
         assert found[:2] == pytest.approx(wanted[:2], rel=ROUNDING)
 

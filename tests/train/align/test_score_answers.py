@@ -1,5 +1,6 @@
 """Rewards of answers: the same numbers as in the forward pass of training, however the texts are packed and split over ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ from preference_rows import EOD, drawn_rows
 from ranks import run_ranks
 from tiny import ROW_TOKENS, engine_of, recipe_with
 
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.read import recipe_mapping
 from train.align.reward import answer_places
-from train.align.score_answers import RewardScorer
+from train.align.score_answers import RewardScorer, open_reward_model
+from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.evaluate.deal import evaluating
 from train.model.context import RowContext
 
@@ -53,3 +57,23 @@ def test_rewards_are_those_of_the_training_forward_and_of_one_rank() -> None:
     np.testing.assert_allclose(split[0][0], wanted, rtol=0, atol=2e-6)
     assert refusals[0] == "an empty text has no reward. Leave it out."
     assert refusals[1].startswith("a text of 24 tokens is longer than a row of 24 tokens")
+
+
+def refusals_of(rank: int, folder: Path) -> list[str]:
+    """What opening a reward model says of texts with another tokenizer, and of a language model."""
+    found = []
+    for name, changes in (("reward", REWARD), ("language", {})):
+        recipe = recipe_with(**changes)
+        with engine_of(recipe, rank=rank, world=1) as engine:
+            state = RunState(recipe=recipe_mapping(recipe), tokenizer="a" * 64)
+            CheckpointFolder(folder / name / "checkpoints", recipe.checkpoint).save(engine, state)
+            with pytest.raises(RecipeError) as error:
+                open_reward_model(str(folder / name), mesh=engine.mesh, tokenizer="b" * 64, eod=EOD)
+            found.append(str(error.value))
+    return found
+
+
+def test_a_reward_model_of_another_tokenizer_and_a_language_model_are_refused(tmp_path: Path) -> None:
+    other, language = run_ranks(1, refusals_of, tmp_path)[0]
+    assert "a" * 12 in other and "b" * 12 in other and "name another reward model" in other
+    assert "is a language model (model.head=vocabulary), which gives no rewards" in language

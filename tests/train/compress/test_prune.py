@@ -1,6 +1,6 @@
 """Pruning to the same sizes gives the parent; cutting zeros changes no logit; every width is really cut; the result trains."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.tensors import StoredTensors, write_weights
 from train.compress.commands import _write_pruned
-from train.compress.importance import _mapping
 from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
 from train.compress.prune import Depth, KeptParts, Target, _indices, choose, cut_weights, head_merges, pruned_model
@@ -235,7 +234,7 @@ def test_sizes_that_do_not_fit_are_refused_together() -> None:
 
 def test_layers_are_chosen_as_the_recipe_says() -> None:
     """The configured numbers of removals, of block influences and of attention layers, computed by hand."""
-    scores = Scores(model=_mapping(HYBRID), parent="", rows=1, depth_metric="logit_mse")  # M-M*-M*-
+    scores = Scores(model=asdict(HYBRID), parent="", rows=1, depth_metric="logit_mse")  # M-M*-M*-
     scores.influence = np.array([9.0, 1.0, 8.0, 2.0, 3.0, 7.0, 0.5, 6.0])
     scores.removals = [Removal(7, []), Removal(3, []), Removal(0, [])]
     parts = {"M": {"mamba": np.ones((8, 16))}, "-": {"ffn": np.ones(128)}, "*": {"heads": np.ones(4)}}

@@ -1,7 +1,7 @@
 """The search under a budget: Nano 2's, on paper, and the ranking of shapes."""
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -111,7 +111,7 @@ def test_less_important_parts_are_given_up_first() -> None:
                         mamba_head_dim=2)  # fmt: skip
     rounds = [Removal(2, [Candidate(2, 0.1, 0.0), Candidate(0, 0.5, 0.0)])]
     scores = Scores(
-        model={name: getattr(small, name) for name in small.__dataclass_fields__},
+        model=asdict(small),
         parent="p",
         rows=1,
         hidden=np.array([9.0, 9.0, 1e-3, 1e-3]),

@@ -7,6 +7,7 @@ share keys and values, `in_proj` holds z, x, B, C, dt below each other, `conv1d`
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ def _mean_ratio(energy: np.ndarray, kept: np.ndarray) -> float:
 def _scores(model: ModelConfig) -> Scores:
     """Random scores, so that the choice differs in each layer."""
     rng = np.random.default_rng(5)
-    scores = Scores(model={name: getattr(model, name) for name in model.__dataclass_fields__}, parent="", rows=1)
+    scores = Scores(model=asdict(model), parent="", rows=1)
     scores.hidden = rng.random(model.hidden)
     inner = model.mamba_heads * model.mamba_head_dim
     sites = {"decoder.final_norm": model.hidden}

@@ -12,7 +12,7 @@ from tiny import RECIPE
 
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import parameters
+from recipes.schema.pattern import layer_norms, parameters
 from recipes.schema.typed import build
 from train.build import check, mesh_of
 from train.model.backend import ReferenceBackend
@@ -51,4 +51,7 @@ def test_builds_have_the_parameters_that_are_counted(tensor: int) -> None:
         else:  # norms are on every tensor rank, but for the gated norm of Mamba-2, which is split like everything else
             gated = model.pattern.count("M") * model.mamba_heads * model.mamba_head_dim
             whole = counted.norms - gated
+            # Tensor ranks split the shared expert of an `E` layer; without expert-tensor ranks each has all else.
+            shared = layer_norms(model) + 2 * model.hidden * model.experts.shared_ffn
+            whole += counted.experts - model.pattern.count("E") * shared
             assert sum(each[name] for each in sums) == counted.total + (tensor - 1) * whole, name

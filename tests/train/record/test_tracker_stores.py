@@ -45,7 +45,7 @@ def wandb_points(folder: Path, name: str) -> Points:
 
     found = []
     for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        for record in map(Record.FromString, _records(path)):
+        for record in (Record.FromString(content) for content, _ in _records(path)):
             values = {tuple(item.nested_key) or (item.key,): item.value_json for item in record.history.item}
             if (name,) in values:
                 assert json.loads(values["step",]) == record.history.step.num
@@ -173,14 +173,18 @@ def test_weights_and_biases_synchronised_later_has_each_point_once(tmp_path: Pat
     folder = tmp_path / "runs" / "mine"
     asked = {"telemetry": {"wandb": "offline"}}
     start(folder, first=0, last=14, kill=True, before_kill_s=2, **asked)
+    identity = json.loads((folder / "trackers" / "weights_and_biases.json").read_text())["identity"]
+    empty = folder / "wandb" / f"offline-run-20200101_000000-{identity}" / f"run-{identity}.wandb"
+    empty.parent.mkdir(parents=True, exist_ok=True)
+    empty.write_bytes(b":W&B\x42\xe1\xbe")  # no record yet: as a kill leaves it
     start(folder, first=8, last=18, **asked)
     start(folder, first=12, last=24, **asked)
     with WandbServer() as server:
         offline = sorted(str(path) for path in (folder / "wandb").glob("offline-run-*"))
-        assert len(offline) == 3
         environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
         command = [sys.executable, "-m", "wandb", "sync", *offline]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert len(server.runs) == 1, done.stdout + done.stderr
         (points,) = served(server).values()
     assert [(step, value) for _, step, value in points] == [(step, loss_of(step, 0.1)) for step in range(1, 25)]

@@ -6,6 +6,8 @@ files in the run's folder do. A killed process loses the end of its file (and on
 from metrics.jsonl.
 """
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,18 +56,25 @@ class WeightsAndBiases:
 
 
 def steps_in_files(folder: Path, key: str) -> Iterator[int]:
-    """The steps in the offline files of a run, as far as they are readable."""
+    """The steps in the offline files of a run. Files that a kill has cut off are mended, because `wandb sync` sends nothing of
+    several files if one of them has no record."""
     for path in sorted((folder / "wandb").glob(f"offline-run-*/run-{key}.wandb")):
         from wandb.proto.wandb_internal_pb2 import Record  # optional package
 
-        for content in _records(path):
+        readable = 0
+        for content, end in _records(path):
+            readable = end
             record = Record.FromString(content)
             if record.WhichOneof("record_type") == "history":
                 yield record.history.step.num
+        if readable == 0:
+            shutil.rmtree(path.parent)
+        elif readable < path.stat().st_size:
+            os.truncate(path, readable)
 
 
-def _records(path: Path) -> Iterator[bytes]:
-    """Records of a .wandb file up to the first one that a kill has cut off."""
+def _records(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(record, its end in the file) of a .wandb file, up to the first record that a kill has cut off."""
     with open_regular(path) as stream:
         content = stream.read()
     at, parts = _FILE_HEADER, b""
@@ -80,4 +89,4 @@ def _records(path: Path) -> Iterator[bytes]:
         at += _CHUNK_HEADER + size
         parts = chunk if kind in (1, 2) else parts + chunk
         if kind in (1, 4):
-            yield parts
+            yield parts, at

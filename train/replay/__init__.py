@@ -1,0 +1,1 @@
+"""`stratum replay`: one step of a run computed again, with statistics of every layer."""
