@@ -90,6 +90,11 @@ class SpikeWatch:
         self._ledger = replace(self._ledger, skipped_steps=skipped, skips_in_a_row=in_a_row)
 
 
+def spike_watch(config: SpikesConfig, ledger: Ledger) -> SpikeWatch | None:
+    """The watch of a run that continues with this ledger; None if the recipe asks for none."""
+    return None if config.policy == "stop" else SpikeWatch(config, ledger)
+
+
 def ledger_after_rollback(
     found: Spike, config: SpikesConfig, *, now: Ledger, saved: Ledger, saved_step: int, global_rows: int
 ) -> Ledger:
