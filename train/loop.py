@@ -63,6 +63,8 @@ class LoopEnd:
     """"finished", "paused" (run.stop_after_steps), "spike" or the name of the signal that stopped it."""
     spike: Spike | None = None
     """The step after which the run must go back (run.spikes.policy=rollback). Its update was not made."""
+    received: signal.Signals | None = None
+    """A stop signal that arrived during that step: the run goes back, then stops."""
 
 
 def train_loop(
@@ -81,12 +83,16 @@ def train_loop(
     copy: Callable[[int, int], None] | None = None,
     spikes: SpikeWatch | None = None,
     integrity: Integrity | None = None,
+    received: signal.Signals | None = None,
+    started_at: int | None = None,
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
     evaluate(step), save(step, position, background=...), copy(step, position), report(skipped step): called on every rank.
-    spikes: looks for spikes; None: only NaN and infinity, which end the run. integrity: looks for corrupted numbers. Raises
-    NumericsError, CheckpointError, DataError, CorruptionError.
+    spikes: looks for spikes; None: only NaN and infinity, which end the run. integrity: looks for corrupted numbers.
+    received: `LoopEnd.received` of the loop before: stop without a step. started_at: the step from which run.stop_after_steps
+    counts, if the run has gone back since; None: `first_step`. Raises NumericsError, CheckpointError, DataError,
+    CorruptionError.
     """
     run, mesh = recipe.run, engine.mesh
     step = first_step
@@ -94,13 +100,12 @@ def train_loop(
         integrity.forget()
     tokens_per_step = run.global_rows * engine.row_tokens
     last_step = run.steps
-    received: signal.Signals | None = None
     writing = False
     stragglers = Stragglers(stages_of(mesh.layout)) if mesh.layout.data > 1 else None
     watches: list[Stopwatch] = []
     flags_of_all_ranks: Callable[[], list[bool]]
     if run.stop_after_steps is not None:
-        last_step = min(last_step, first_step + run.stop_after_steps)
+        last_step = min(last_step, (first_step if started_at is None else started_at) + run.stop_after_steps)
 
     def flush() -> None:
         """Write the recorded steps and check their losses. Losses are read from the device only at a flush, so that no step
@@ -129,7 +134,7 @@ def train_loop(
         )
 
     with StopSignals() as signals, GarbageControl(run.garbage_every_steps) as garbage:
-        while step < last_step:
+        while step < last_step and received is None:
             profiler.before_step(step + 1)
             watch = Stopwatch(mesh.device)
             with phase("data"):
@@ -166,8 +171,10 @@ def train_loop(
             if result.spike is not None and run.spikes.policy == "rollback":
                 telemetry.flush()
                 flags_of_all_ranks()
+                signalled = mesh.any_of(*(signals.received == number for number in WATCHED))
                 _record_saves(telemetry, checkpoints, recipe=recipe)
-                return LoopEnd(step, "spike", result.spike)
+                stopped_by = WATCHED[signalled.index(True)] if any(signalled) else None
+                return LoopEnd(step, "spike", result.spike, stopped_by)
             step += 1
             garbage.after_step(step)
             if (trace := profiler.after_step(step)) is not None:

@@ -49,6 +49,7 @@ from train.evaluate.ask import TaskResult
 from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.training_tasks import open_training_tasks, task_scores
+from train.integrity.replay import replicas_have_all_experts
 from train.integrity.watch import Integrity
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
@@ -60,7 +61,7 @@ from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
 from train.resilience.hangs import hangs_named, record_operations
 from train.resilience.lease import run_lease
-from train.resilience.spikes import Spike, SpikeWatch, documents_of_step, ledger_after_rollback, named
+from train.resilience.spikes import Spike, SpikeWatch, documents_of_step, ledger_after_rollback, named, spike_watch
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def _train(
         )
         stack.callback(telemetry.close)
         stream: Stream | PolicyStream
-        spikes = _spike_watch(recipe, start.state.ledger)
+        spikes = spike_watch(recipe.run.spikes, start.state.ledger)
         if isinstance(material, PromptSet):
             stream = PolicyStream(
                 recipe,
@@ -257,8 +258,9 @@ def _train(
         if step == 0:
             evaluate(0)
         if recipe.run.spikes.policy == "rollback" and not mesh.any_rank(bool(checkpoints.published())):
-            save(0, position, background=False)  # a spike before the first checkpoint goes back to here
+            save(step, position, background=False)  # a spike before the first checkpoint goes back to here
             checkpoints.check(always=True)
+        started_at, received = step, None
         try:
             while True:
                 end = train_loop(
@@ -276,6 +278,8 @@ def _train(
                     copy=copy,
                     spikes=spikes,
                     integrity=integrity,
+                    received=received,
+                    started_at=started_at,
                 )
                 if end.spike is None:
                     break
@@ -301,7 +305,7 @@ def _train(
                 material.blend.check_length(
                     recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows
                 )
-                step, spikes = saved.step, SpikeWatch(recipe.run.spikes, ledger)
+                step, spikes, received = saved.step, SpikeWatch(recipe.run.spikes, ledger), end.received
                 stream = _stream_of_rows(recipe, material, mesh=mesh, position=saved.position)
                 stack.enter_context(stream)
                 integrity = _integrity(
@@ -309,6 +313,7 @@ def _train(
                 )
         except (NumericsError, CorruptionError):
             if copies is not None:
+                copies.close()  # a copy that ends after the deletion would publish itself
                 copies.delete()  # the next start must go back to a checkpoint, as the error says
             raise
         if copies is not None:
@@ -318,10 +323,6 @@ def _train(
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 
 
-def _spike_watch(recipe: Recipe, ledger: Ledger) -> SpikeWatch | None:
-    return None if recipe.run.spikes.policy == "stop" else SpikeWatch(recipe.run.spikes, ledger)
-
-
 def _integrity(
     recipe: Recipe, engine: Engine, *, telemetry: Telemetry, folder: Path, kernels: str, material: Dataset | PromptSet
 ) -> Integrity | None:
@@ -329,12 +330,15 @@ def _integrity(
     config = recipe.run.integrity
     if not config.enabled:
         return None
-    is_random = rounds_at_random(recipe.precision)
-    if are_mixed(kernels) or is_random:
-        log.warning(
-            "ranks %s: run.integrity replays steps on their own rank only.",
-            "round at random, each with its own seed" if is_random else "run different kernels",
-        )
+    reason = None
+    if rounds_at_random(recipe.precision):
+        reason = "round at random, each with its own seed"
+    elif are_mixed(kernels):
+        reason = "run different kernels"
+    elif not replicas_have_all_experts(engine.mesh.layout):
+        reason = "of different data-parallel replicas have different experts (parallel.expert)"
+    if reason is not None and engine.mesh.rank == 0:
+        log.warning("ranks %s: run.integrity replays steps on their own rank only.", reason)
     return Integrity(
         config,
         engine,
@@ -342,7 +346,7 @@ def _integrity(
         folder=folder,
         seed=recipe.run.seed,
         rows=material.training_rows if isinstance(material, Dataset) else None,
-        compares_ranks=not (are_mixed(kernels) or is_random),
+        compares_ranks=reason is None,
     )
 
 
@@ -470,10 +474,14 @@ def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
 
 
 def _set_threads(threads: int) -> None:
-    """run.threads, or what OMP_NUM_THREADS says, or this process's share of the cores. torch has read the variable already. The 1
-    that torchrun sets by itself cannot be told from a user's, so under torchrun 1 does not count."""
+    """run.threads, or what OMP_NUM_THREADS says, or this process's share of the cores. The 1 that torchrun sets by itself cannot
+    be told from a user's, so under torchrun 1 does not count."""
     variable = os.environ.get("OMP_NUM_THREADS", "")
     if not threads and variable and not ("TORCHELASTIC_RUN_ID" in os.environ and variable == "1"):
+        # torch reads the variable when it is imported, which a forked rank (launch.local.warm_process) did with another value.
+        first = variable.split(",")[0].strip()
+        if first.isdecimal() and int(first) > 0:
+            torch.set_num_threads(int(first))
         return
     cores = len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -129,6 +129,9 @@ def run_to_end(
                 use_terminal=use_terminal,
                 warm=warm,
             )
+            if warm is not None and warm.has_died:
+                say("the process that forks the ranks has died, so they got SIGTERM. The next ranks are new processes.")
+                warm = None
             if end.failures:
                 say(failure_message(logs, end.failures, seen_live=shown))
             if stacks := stacks_message(logs, end.hung):

@@ -314,5 +314,9 @@ def _process(
 
 def _kill(rank: _Rank) -> None:
     """SIGKILL a rank and the processes it has started, also after the rank itself has ended."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    try:
         os.killpg(rank.process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        rank.process.send_signal(signal.SIGKILL)  # just forked by the warm process: it has no group of its own yet
+    except PermissionError:
+        return

@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -41,6 +42,8 @@ class WarmProcess:
         """modules: what to import, by name. environment: that of the ranks, without their numbers."""
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._statuses: dict[int, int] = {}
+        self._handles: dict[int, int] = {}
+        """pidfd of each rank: readable when it has ended."""
         self._is_ready = False
         with theirs:
             self._process = subprocess.Popen(
@@ -57,8 +60,20 @@ class WarmProcess:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._channel.close()  # it ends when the other end is closed
+        self._channel.close()
+        self._process.kill()  # it may be in the middle of its imports, which take seconds
         self._process.wait()
+        for pid in list(self._handles):
+            self._close(pid)
+
+    def _close(self, pid: int) -> None:
+        if (handle := self._handles.pop(pid, None)) is not None:
+            os.close(handle)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether it could fork and is gone: its ranks got SIGTERM."""
+        return self._is_ready and self._process.poll() is not None
 
     def is_ready(self, *, until: Callable[[], bool]) -> bool:
         """Wait for the imports. -> whether ranks can be forked: False if it has died, or `until` returned True first."""
@@ -77,21 +92,28 @@ class WarmProcess:
         while True:
             message = self._message(_POLL_S)
             if message is not None and "forked" in message:
-                return ForkedRank(int(message["forked"]), self)
+                pid = int(message["forked"])
+                with contextlib.suppress(ProcessLookupError):  # it has ended already: its status follows
+                    self._handles[pid] = os.pidfd_open(pid)
+                return ForkedRank(pid, self)
             if message is None and (self._process.poll() is not None or time.monotonic() > deadline):
                 raise ChildProcessError(f"{MODULE} did not fork ({len(before)} ranks have ended)")
 
     def status_of(self, pid: int, *, wait: bool) -> int | None:
-        """Exit status of a rank, as subprocess has it; None while it runs. If this process has died, that of SIGKILL."""
+        """Exit status of a rank, as subprocess has it; None while it runs. If the warm process has died, nobody knows the status:
+        then it is that of SIGKILL, when the rank has saved and ended."""
         while pid not in self._statuses:
             received = self._receive(_POLL_S if wait else 0.0)
-            if not received and self._process.poll() is not None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)
+            if not received and self._process.poll() is not None and self._has_ended(pid, _POLL_S if wait else 0.0):
                 return -signal.SIGKILL
             if not received and not wait:
                 return None
         return self._statuses[pid]
+
+    def _has_ended(self, pid: int, timeout_s: float) -> bool:
+        """Whether a rank has ended, also if nobody has waited for it; within the time."""
+        handle = self._handles.get(pid)
+        return handle is None or bool(select.select([handle], [], [], timeout_s)[0])
 
     def _receive(self, timeout_s: float) -> bool:
         return self._message(timeout_s) is not None
@@ -109,6 +131,7 @@ class WarmProcess:
         self._is_ready = self._is_ready or "ready" in message
         if "ended" in message:
             self._statuses[message["ended"]] = message["status"]
+            self._close(message["ended"])
         return message
 
 

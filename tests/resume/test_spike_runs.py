@@ -1,6 +1,8 @@
 """Whole runs with a spike: skipped or undone, equal bit for bit to a run that never saw it, also across a stop."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,14 +21,19 @@ from launch.status import Queue, describe
 from recipes.schema.checkpoint_steps import ledger_in, name_of, read_manifest
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import NumericsError
-from recipes.schema.run_folder import METRICS, read_metrics
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.run_folder import METRICS, read_metrics, recipe_in
+from train import step
+from train.build import open_data
+from train.replay.execute import execute, one_process
 
 POISONED = 30
 """A row of the full order, in step 8 of 4 rows each."""
 
 
-def poisoned_row(config: DataConfig) -> Callable[[], AbstractContextManager[None]]:
-    """Losses of a microbatch with this row are NaN, wherever it is read. A run without it is not affected."""
+def poisoned_row(config: DataConfig, *, stops: bool = False) -> Callable[[], AbstractContextManager[None]]:
+    """Losses of a microbatch with this row are NaN, wherever it is read. A run without it is not affected. stops: SIGTERM
+    arrives in that step."""
 
     @contextmanager
     def within() -> Iterator[None]:
@@ -38,12 +45,25 @@ def poisoned_row(config: DataConfig) -> Callable[[], AbstractContextManager[None
         def sick(engine: Any, microbatches: Any, **k: Any) -> Any:
             reports = real(engine, microbatches, **k)
             hit = any((batch.tokens == poison).all(1).any() for batch in microbatches)
+            if hit and stops:
+                os.kill(os.getpid(), signal.SIGTERM)
             return [report * float("nan") for report in reports] if hit else reports
 
         step.run_schedule = sick
         yield
 
     return within
+
+
+@pytest.mark.slow
+def test_a_stop_signal_that_arrives_with_a_spike_is_not_lost(
+    words: list[str], prepared: DataConfig, tmp_path: Path
+) -> None:
+    extra = ("run.steps=12", "run.spikes.policy=rollback")
+    child = fork(words, "run", extra=extra, within=poisoned_row(prepared, stops=True))
+    output = finish(child, status=128 + signal.SIGTERM)
+    assert "step 8 is undone" in output
+    assert max(line["step"] for line in events(tmp_path / "run", "step")) == 7, "no step after the signal"
 
 
 @contextmanager
@@ -102,6 +122,9 @@ def test_a_stop_after_a_rollback_keeps_the_ledger_and_budgets_end_a_run_aloud(
     )
     finish(fork(words, "whole", extra=extra, within=poison))
     finish(fork(words, "run", extra=(*extra, "run.stop_after_steps=10"), within=poison))
+    assert read_manifest(tmp_path / "run" / "checkpoints" / name_of(10)).step == 10, (
+        "10 steps after the start, not after the rollback"
+    )
     finish(fork(words, "run", extra=extra, within=poison))
     last = name_of(12)
     assert contents_at(tmp_path / "run" / "checkpoints" / last) == contents_at(
@@ -116,7 +139,7 @@ def test_a_stop_after_a_rollback_keeps_the_ledger_and_budgets_end_a_run_aloud(
 
 @pytest.mark.slow
 def test_a_skipped_step_is_counted_and_a_resumed_run_ends_with_the_same_bits(
-    words: list[str], prepared: DataConfig, tmp_path: Path
+    words: list[str], prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison = poisoned_row(prepared)
     extra = ("run.steps=12", "run.spikes.policy=skip", "run.spikes.window_steps=8")
@@ -134,3 +157,9 @@ def test_a_skipped_step_is_counted_and_a_resumed_run_ends_with_the_same_bits(
     assert replace(whole.ledger, losses=(), grad_norms=()).describe() == "1 step skipped"
     lines = {line["step"]: line for line in events(tmp_path / "run", "step")}
     assert lines[8]["skipped"] and lines[12]["skipped_steps"] == 1 and "skipped" not in lines[9]
+    # `stratum replay` skips it too: step 10 from the checkpoint of step 6 has the loss that the run recorded.
+    monkeypatch.setattr(step, "run_schedule", step.run_schedule)  # restored after the test
+    single = one_process(recipe_from_mapping(recipe_in(tmp_path / "run")))
+    with poison():
+        again = execute(single, open_data(single), run=tmp_path / "run", step=10)
+    assert again.loss == pytest.approx(lines[10]["loss"], rel=1e-6)

@@ -11,8 +11,7 @@ from train.run import _set_threads
 
 def threads_of(rank: int, configured: int, variables: dict[str, str]) -> int:
     os.environ |= variables
-    if variables["OMP_NUM_THREADS"]:
-        torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # as torch does when it is imported
+    torch.set_num_threads(1)  # as in a rank forked from the warm process, which imports torch with OMP_NUM_THREADS=1
     _set_threads(configured)
     return torch.get_num_threads()
 
@@ -22,6 +21,7 @@ def threads_of(rank: int, configured: int, variables: dict[str, str]) -> int:
     [
         (0, {"OMP_NUM_THREADS": "3"}, 3),  # it was overridden by the machine's cores
         (2, {"OMP_NUM_THREADS": "3"}, 2),
+        (0, {"OMP_NUM_THREADS": "3,2"}, 3),  # one number for each level of nested parallel regions
         (0, {"OMP_NUM_THREADS": ""}, len(os.sched_getaffinity(0))),
         (0, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, len(os.sched_getaffinity(0))),
         (0, {"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}, 3),

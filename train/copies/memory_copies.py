@@ -125,7 +125,7 @@ class MemoryCopies:
                         self._next[rank] = 1 - generation
                     else:
                         slot.buffer(sizes[rank])
-        except OSError as caught:
+        except (CheckpointError, OSError) as caught:
             error = _reason(caught, self.place.folder)
         return self._off(error) if self.mesh.any_rank(error is not None) else None
 

@@ -30,7 +30,7 @@ from train.checkpoint.manifest import DTYPES, Manifest
 GENERATIONS = 2
 """Copies of each rank: while one is overwritten, the other is complete."""
 _MOST_RECORD_BYTES = 1 << 28
-_NAME = re.compile(r"rank_(\d{5,9})\.([01])")
+_NAME = re.compile(r"(rank_(\d{5,9})\.([01]))(\.json)?")
 _SUMS = fingerprint.LANES + 1
 
 
@@ -79,11 +79,12 @@ def record_from(path: Path) -> Record:
 
 
 def slots_in(folder: Path, rank: int | None = None) -> "list[Slot]":
-    """The slots of a rank, both generations; rank=None: every slot that has a file in the folder."""
+    """The slots of a rank, both generations; rank=None: every slot of which the folder has a file."""
     if rank is not None:
         return [Slot(folder, rank, generation) for generation in range(GENERATIONS)]
     names = [_NAME.fullmatch(path.name) for path in sorted(folder.iterdir())]
-    return [Slot(folder, int(name[1]), int(name[2])) for name in names if name is not None]
+    slots = {name[1]: Slot(folder, int(name[2]), int(name[3])) for name in names if name is not None}
+    return list(slots.values())
 
 
 class Slot:

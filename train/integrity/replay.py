@@ -24,6 +24,7 @@ import torch
 
 from data.batch import Batch
 from recipes.schema.integrity import IntegrityConfig
+from recipes.schema.layout import Layout
 from train.checkpoint import fingerprint
 from train.checkpoint.random_state import random_state_kept
 from train.engine import Engine, run_schedule
@@ -73,11 +74,18 @@ def is_sampled(config: IntegrityConfig, step: int, *, seed: int) -> bool:
     return random.Random(f"replay {seed} {step}").random() < config.replay_fraction
 
 
+def replicas_have_all_experts(layout: Layout) -> bool:
+    """Whether each data-parallel rank, with those it shares the model with, has every expert. Otherwise gradients of experts
+    differ between data-parallel ranks with equal rows: they are of other experts, and sums over all of these ranks' rows."""
+    return (layout.tensor * layout.context) % (layout.expert * layout.expert_tensor) == 0
+
+
 class StepReplay:
     """Replays sampled steps of one engine."""
 
     def __init__(self, engine: Engine, *, rows: Rows | None, compares_ranks: bool) -> None:
-        """rows: reads rows again; None: only own rows are replayed. compares_ranks: whether all ranks compute the same bits."""
+        """rows: reads rows again; None: only own rows are replayed. compares_ranks: whether all ranks compute the same bits, and
+        `replicas_have_all_experts`."""
         self._engine = engine
         self._rows = rows
         self._compares_ranks = compares_ranks and rows is not None and engine.mesh.layout.data > 1

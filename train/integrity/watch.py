@@ -75,7 +75,8 @@ class Integrity:
                 self._state.remember()
             return result
         raise CorruptionError(
-            f"step {step} gave different results each of {_MOST_REPEATS} times. {self._folder / SUSPECTS} names the ranks."
+            f"step {step} gave different results each of {_MOST_REPEATS} times. Restart without the hosts in "
+            f"{self._folder / SUSPECTS}."
         )
 
     def _take_once(
@@ -126,6 +127,6 @@ class Integrity:
             raise StepRepeated(text)
         clean = min(finding.clean_step for finding in findings)
         raise CorruptionError(
-            f"{text}. Restart without this host ({self._folder / SUSPECTS} has its name). The last check that found nothing was "
-            f"at step {clean}: later checkpoints may be affected."
+            f"{text}. Restart without the hosts in {self._folder / SUSPECTS}. The last check that found nothing was at step "
+            f"{clean}: later checkpoints may be affected; delete those that you do not trust before the restart."
         )

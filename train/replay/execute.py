@@ -22,6 +22,7 @@ from data.stream import Dataset
 from recipes.schema.checkpoint_steps import candidates
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.facts import named
+from recipes.schema.ledger import Ledger
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import CHECKPOINTS
@@ -34,6 +35,7 @@ from train.megatron import choose_device, use_device
 from train.model.initial import global_names
 from train.native.kernel_versions import describe
 from train.record.stopwatch import Stopwatch
+from train.resilience.spikes import spike_watch
 from train.step import train_step
 
 
@@ -84,10 +86,11 @@ def execute(recipe: Recipe, dataset: Dataset, *, run: Path, step: int) -> Execut
     use_device(device)
     with mesh_of(recipe, check(recipe, world=1), device=device, rank=0) as mesh:
         engine = build_engine(recipe, mesh, weights=initial)
-        first = 0
+        first, ledger = 0, Ledger()
         for path, _ in good:
             try:
-                first = read_training(path, engine).step
+                manifest = read_training(path, engine)
+                first, ledger = manifest.step, manifest.ledger
                 break
             except CheckpointError:
                 continue
@@ -96,6 +99,8 @@ def execute(recipe: Recipe, dataset: Dataset, *, run: Path, step: int) -> Execut
                 raise CheckpointError(
                     f"no checkpoint of {run} before step {step} can be read. `stratum checkpoint verify` says why."
                 )
+        # The run's decisions about spikes again: a step that it skipped must not change the weights here.
+        spikes = spike_watch(recipe.run.spikes, ledger)
         statistics: list[Statistic] = []
         for at in range(first, step):
             rows = _rows(recipe, dataset, at)
@@ -106,7 +111,7 @@ def execute(recipe: Recipe, dataset: Dataset, *, run: Path, step: int) -> Execut
                 total_steps=recipe.run.steps,
                 tokens_per_step=recipe.run.global_rows * recipe.data.row_tokens,
             )
-            take = partial(train_step, engine, rows, step=at, learning_rate=rate, watch=Stopwatch())
+            take = partial(train_step, engine, rows, step=at, learning_rate=rate, watch=Stopwatch(), spikes=spikes)
             if at + 1 < step:
                 take()
                 continue

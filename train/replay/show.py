@@ -1,6 +1,7 @@
 """Two executions of a step side by side: equal to the bit, equal to rounding, or the first tensor that differs."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -96,6 +97,8 @@ def compare(a: Execution, b: Execution) -> tuple[int, str]:
 
 
 def _relative(x: Statistic, y: Statistic) -> float:
+    if not (math.isfinite(x.rms) and math.isfinite(y.rms)):  # NaN compares as if it were small
+        return 0.0 if x.digest == y.digest else math.inf
     scale = max(abs(x.rms), abs(y.rms))
     return abs(x.rms - y.rms) / scale if scale else 0.0
 

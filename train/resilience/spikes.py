@@ -82,12 +82,17 @@ class SpikeWatch:
         in_a_row = self._ledger.skips_in_a_row + 1
         if in_a_row > self._config.most_in_a_row:
             raise NumericsError(
-                f"step {step}: {refused}. Steps in a row that could not be used: {in_a_row} "
+                f"step {step}: {refused}. Of the last steps, {in_a_row} in a row had such values "
                 f"(run.spikes.most_in_a_row={self._config.most_in_a_row}). Weights and checkpoints are intact. Continue with a "
                 f"lower optim.lr or a longer schedule.warmup (checkpoint.allow=[arithmetic])."
             )
         skipped = (*self._ledger.skipped_steps, step)
         self._ledger = replace(self._ledger, skipped_steps=skipped, skips_in_a_row=in_a_row)
+
+
+def spike_watch(config: SpikesConfig, ledger: Ledger) -> SpikeWatch | None:
+    """The watch of a run that continues with this ledger; None if the recipe asks for none."""
+    return None if config.policy == "stop" else SpikeWatch(config, ledger)
 
 
 def ledger_after_rollback(

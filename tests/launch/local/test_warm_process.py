@@ -77,10 +77,14 @@ def test_a_rank_that_hangs_is_shown_with_its_python_stack(marks: Path, tmp_path:
 
 def test_without_the_warm_process_ranks_start_in_the_ordinary_way(marks: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    child = start(run, 2, "--steps", "60", options=("--warm", "marked"))
+    child = start(run, 2, "--steps", "60", "--save-s", "0.3", options=("--warm", "marked"))
     wait_for_step(run, 12)
     os.kill(warm_process_of(child), signal.SIGKILL)
     out, err = finish(child, status=0)
     assert out.endswith("finished\n") and "starting again from step_" in err
+    assert err.count("the process that forks the ranks has died") == 1
+    first, _ = attempts(run)
+    for path in first.glob("rank-*.log"):
+        assert "stopped at step" in path.read_text(), "the ranks may save before they end"
     out, _ = finish(start(tmp_path / "other", 2, options=("--warm", "thready")), status=0)
     assert out.endswith("finished\n"), "a module that starts threads: the process refuses to fork"

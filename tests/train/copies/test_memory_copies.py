@@ -21,7 +21,7 @@ from recipes.schema.memory_copies import MemoryCopiesConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import RunState
+from train.checkpoint.manifest import RunState, read_manifest
 from train.copies import memory_copies, place, restore
 from train.copies.memory_copies import MemoryCopies, neighbours
 from train.copies.restore import open_copies, resume_from_memory
@@ -157,6 +157,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "nothing": (lambda root: None, 3, "from copies in memory: 2 ranks from their own node, 0 from another."),
     "a truncated copy": (
         lambda root: os.truncate(_newest(root, "n0", 0).path, 1000), 3, "has 1,000 bytes, its record says"),
+    "a record without its copy": (
+        lambda root: _newest(root, "n0", 0).path.unlink(), 3, "has 0 bytes, its record says"),
     "a flipped bit": (lambda root: _flip(_newest(root, "n0", 0).path), 3, "is damaged: "),
     "a flipped bit in both copies": (
         lambda root: _everywhere(root, lambda slot: _flip(slot.path)), 2, "is damaged: "),
@@ -239,8 +241,17 @@ def test_a_run_whose_node_is_lost_ends_like_an_undisturbed_one(
     assert run.attempt(Kill(steps=5, delay_s=0.0)) and not run.checkpoints.exists()
     (lost,) = memory.glob("stratum-*/n1")
     shutil.rmtree(lost)
+    spikes = replace(run.recipe.run.spikes, policy="rollback")
+    run.recipe = replace(
+        run.recipe,
+        run=replace(run.recipe.run, spikes=spikes),
+        checkpoint=replace(run.recipe.checkpoint, every_steps=9, keep_last=9, allow=("arithmetic",)),
+    )
     run.attempt(None)
     ends_alike(run, undisturbed)
+    for path in run.checkpoints.glob("step_*"):  # rollback also saves at the start, which is not step 0 here
+        saved = read_manifest(path)
+        assert saved.step > 0 and saved.position == saved.step * run.recipe.run.global_rows
     (audit,) = [line["text"] for line in run.metrics if line["kind"] == "audit"]
     assert "from copies in memory: 1 ranks from their own node, 1 from another. Newest checkpoint: none." in audit
     assert {line["step"] for line in run.metrics if line["kind"] == "step"} == {*range(1, 11)}, "none is lost"

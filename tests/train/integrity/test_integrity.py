@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from corruption import ActivationFault, flip, state_kept
+from expert_models import MIXTURE
 from ranks import run_ranks
 from tiny import engine_of, microbatches, recipe_with, rows_of
 
@@ -20,6 +21,7 @@ from recipes.schema.integrity import IntegrityConfig
 from recipes.schema.run_folder import SUSPECTS
 from train.engine import Engine
 from train.integrity.findings import odd_ones
+from train.integrity.replay import replicas_have_all_experts
 from train.integrity.watch import Integrity
 from train.record.stopwatch import Stopwatch
 from train.step import StepResult, train_step
@@ -39,7 +41,8 @@ class Trial:
         self.events: list[dict[str, Any]] = []
         telemetry = SimpleNamespace(event=lambda kind, **fields: self.events.append({"kind": kind, **fields}))
         self.watch = Integrity(
-            config, engine, telemetry=telemetry, folder=folder, seed=1, rows=self.rows, compares_ranks=True,
+            config, engine, telemetry=telemetry, folder=folder, seed=1, rows=self.rows,
+            compares_ranks=replicas_have_all_experts(engine.mesh.layout),
         )  # fmt: skip
 
     def rows(self, positions: np.ndarray) -> Any:
@@ -151,6 +154,16 @@ def test_each_fault_is_found_with_its_kind_and_its_rank(world: int, changes: dic
     lines = [json.loads(line) for line in (tmp_path / SUSPECTS).read_text().splitlines()]
     assert {rank for line in lines if line["kind"] == "state" for rank in line["ranks"]} == {guilty}
     assert all(line["hosts"] for line in lines)
+
+
+def split_experts(rank: int, folder: Path) -> list[dict[str, Any]]:
+    """Events of two clean steps whose experts are split over the data-parallel ranks."""
+    with trial_of(rank, 2, MIXTURE | {"parallel.expert": 2}, folder) as trial:
+        return trial.events
+
+
+def test_experts_split_over_data_parallel_ranks_are_no_false_alarm(tmp_path: Path) -> None:
+    assert run_ranks(2, split_experts, tmp_path) == [[], []]
 
 
 def test_odd_ones_needs_a_majority() -> None:

@@ -1,6 +1,7 @@
 """`stratum replay`: a step of a two-rank run computed again in one process, compared with records and with itself."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,12 @@ def test_a_step_is_computed_again_and_the_first_difference_is_named(
     )
     status, verdict = compare(mine, other)
     assert status == 0 and verdict.startswith("Equal to rounding")
+
+    broken = tuple(replace(one, digest="0" * 32, rms=math.nan) for one in mine.statistics[1:])
+    status, verdict = compare(mine, replace(other, statistics=(other.statistics[0], *broken)))
+    assert status == 1 and "largest relative difference of a statistic is inf" in verdict, (
+        "NaN is not equal to rounding"
+    )
 
     record.write_text("[]")
     with pytest.raises(CheckpointError, match="is not a record of `stratum replay --out`"):
