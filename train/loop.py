@@ -260,10 +260,11 @@ def train_loop(
         if step >= run.steps:
             # Still inside StopSignals: the state is saved, so a first signal does not interrupt the evaluation.
             evaluate(step)
-        checkpoints.finish_storage()
-        _record_saves(telemetry, checkpoints, recipe=recipe)
-        if checkpoints.storage_has_failed:
-            checkpoints.check_storage()
+        if run.storage is not None:
+            checkpoints.finish_storage(mesh)
+            _record_saves(telemetry, checkpoints, recipe=recipe)
+            if mesh.any_rank(checkpoints.storage_has_failed):
+                checkpoints.check_storage()
     if step >= run.steps:
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")

@@ -33,6 +33,7 @@ from train.engine import Engine, live_model
 from train.megatron import choose_device, use_device
 from train.objective.next_token import local_rows
 from train.record.stopwatch import Stopwatch
+from train.replay.execute import of_run
 from train.step import train_step
 
 
@@ -140,7 +141,7 @@ def open_run(run: str | Path, *, checkpoint: str | Path | None = None) -> Iterat
         )
     recipe = replace(recipe, parallel=ParallelConfig())
     path, manifest = checkpoint_at(str(checkpoint if checkpoint is not None else folder))
-    data = open_data(recipe)
+    data = of_run(open_data(recipe), folder)  # rows that the run left out after a spike were not trained on
     device = choose_device(recipe.run.device)
     use_device(device)
     with mesh_of(recipe, check(recipe, world=1), device=device, rank=0) as mesh:

@@ -113,7 +113,12 @@ def publish(bucket: Bucket, folder: Path, *, owner: int, may_publish: Callable[[
     manifest = parse_manifest(content, folder)
     target = StoredStep(step_of(folder), owner)
     below = f"{CHECKPOINTS}/{target.name}"
+    sizes = manifest.files | {MANIFEST: len(content.encode())}
     there = {entry.name.rpartition("/")[2]: entry.size for entry in bucket.objects(below)}
+    if MANIFEST in there:  # its files belong to it: nothing may be written over them
+        if bucket.read(f"{below}/{MANIFEST}")[0] != content.encode():
+            raise StorageError(f"{bucket.address}/{below} already has another checkpoint of this step.")
+        return StoredStep(target.step, owner, sizes)
     for name, size in sorted(manifest.files.items()):
         if there.get(name) != size:
             bucket.upload(folder / name, f"{below}/{name}")
@@ -123,7 +128,7 @@ def publish(bucket: Bucket, folder: Path, *, owner: int, may_publish: Callable[[
         bucket.create(f"{below}/{MANIFEST}", content.encode())
     except ChangedError as error:
         raise StorageError(f"{bucket.address}/{below} already has another checkpoint of this step.") from error
-    return StoredStep(target.step, owner, manifest.files | {MANIFEST: len(content.encode())})
+    return StoredStep(target.step, owner, sizes)
 
 
 def point_at(bucket: Bucket, name: str, *, owner: int) -> None:
@@ -174,13 +179,14 @@ def surplus(
     steps: list[StoredStep], *, keep_last: int, keep_every: int, owner: int, copying: int | None
 ) -> list[StoredStep]:
     """Steps to delete: older than the newest `keep_last`, except multiples of `keep_every`; earlier owners' copies of a step
-    that was published again; and unfinished copies of earlier owners, or of this one unless it is `copying` that step."""
+    that was published again; and unfinished copies of earlier owners. This owner's copy of the step `copying` stays in any case:
+    newer ones may be damaged, or the run went back before them."""
     published = [stored for stored in steps if stored.has_manifest]
     newest = {stored.step: stored for stored in published}
     kept_steps = sorted(newest)[-keep_last:]
     kept = [one for step, one in newest.items() if step in kept_steps or (keep_every and step % keep_every == 0)]
-    unfinished = [one for one in steps if not one.has_manifest]
-    kept += [one for one in unfinished if one.owner > owner or (one.owner == owner and one.step == copying)]
+    kept += [one for one in steps if one.owner == owner and one.step == copying]
+    kept += [one for one in steps if one.owner > owner and not one.has_manifest]
     return [one for one in steps if one not in kept]
 
 

@@ -27,7 +27,7 @@ from recipes.schema.recipe import Recipe
 _EXAMPLES = """
 stratum launch kubernetes -cn smoke launch.kubernetes.image=registry/stratum:0.1 launch.kubernetes.volume_claim=runs --dry-run
 stratum launch kubernetes -cn smoke launch.kubernetes.image=registry/stratum:0.1 run.storage=s3://bucket/runs \\
-    launch.kubernetes.secrets=aws-keys                                   one pod; its runs are in a bucket
+    data.folder=s3://bucket/data/smoke launch.kubernetes.secrets=aws-keys   one pod; its runs and data are in a bucket
 """
 _NOTES = """
 Needs the JobSet controller in the cluster, and kubectl here. --dry-run prints the manifest and needs neither. Pods that are
@@ -75,12 +75,15 @@ def _launch(recipe: Recipe, words: Sequence[str], *, dry_run: bool, device: str,
     path = run_folder(recipe).logs / "jobset.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     disk.write_text(path, text)
-    sys.stdout.write(f"{_create(path)}\n  kubectl get jobset {object_name(recipe.run.name)}\n")
+    namespace = f" --namespace {launch.kubernetes.namespace}" if launch.kubernetes.namespace else ""
+    place = f"{object_name(recipe.run.name)}{namespace}"
+    sys.stdout.write(f"{_create(path, place=place)}\n  kubectl get jobset {place}\n")
     return 0
 
 
-def _create(path: Path) -> str:
-    """Submit a manifest. `create`, not `apply`: a JobSet of this name that exists is refused. -> kubectl's answer."""
+def _create(path: Path, *, place: str) -> str:
+    """Submit a manifest. `create`, not `apply`: a JobSet of this name that exists is refused. place: its name, and its namespace
+    as an option of kubectl. -> kubectl's answer."""
     if shutil.which("kubectl") is None:
         raise RecipeError(f"kubectl is not installed here. The manifest is {path}: submit it where kubectl is.")
     try:
@@ -90,7 +93,13 @@ def _create(path: Path) -> str:
     except subprocess.TimeoutExpired:
         raise RecipeError(f"kubectl did not answer within {_KUBECTL_S:g} s. The manifest is {path}.") from None
     if done.returncode:
-        raise RecipeError(f"kubectl refuses {path}: {printable(done.stderr.strip(), most=1000)}")
+        remedy = ""
+        if "AlreadyExists" in done.stderr:
+            remedy = (
+                f" A JobSet stays after its run has ended. If it has, remove it and submit again to continue the run: kubectl "
+                f"delete jobset {place}. If it belongs to another run, choose another run.name."
+            )
+        raise RecipeError(f"kubectl refuses {path}: {printable(done.stderr.strip(), most=1000)}.{remedy}")
     return done.stdout.strip()
 
 

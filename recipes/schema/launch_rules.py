@@ -6,8 +6,10 @@ Like those of `recipes.schema.rules`, the planner, the trainer and the launchers
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from recipes.schema.credentials import is_secret, without_credentials
+from recipes.schema.data import is_remote
 from recipes.schema.errors import Problem, refuse
 from recipes.schema.recipe import Recipe
 
@@ -94,6 +96,15 @@ def kubernetes_problems(recipe: Recipe, *, words: Sequence[str], processes: int)
     elif kubernetes.volume_claim is None and recipe.run.storage is None:
         text = "The run would be lost with its pod: launch.kubernetes.volume_claim=null and run.storage=null."
         found.append(Problem("launch.kubernetes.volume_claim", text, "Set one of them."))
+    folder = recipe.data.folder
+    is_below = PurePosixPath(kubernetes.folder, folder).is_relative_to(kubernetes.folder) and not is_remote(folder)
+    if kubernetes.volume_claim is None and is_below and recipe.objective.kind != "grpo":  # which reads prompts instead
+        text = (
+            f"data.folder={folder} is empty in the pod: launch.kubernetes.volume_claim=null mounts an empty volume at "
+            f"{kubernetes.folder}."
+        )
+        remedy = "Name a claim that has the prepared data, a folder of the image outside of it, or s3://BUCKET/FOLDER."
+        found.append(Problem("launch.kubernetes.volume_claim", text, remedy))
     if not re.fullmatch(r"(/[\w.-]+)+", kubernetes.folder):
         text = f"launch.kubernetes.folder={kubernetes.folder!r} is not an absolute folder."
         found.append(Problem("launch.kubernetes.folder", text, "Write it as in /work."))

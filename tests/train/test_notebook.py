@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ranks import run_ranks
 from shards import random_documents, write_folder
@@ -13,7 +14,10 @@ from tiny import RECIPE
 
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import RecipeError
+from recipes.schema.ledger import Ledger
+from recipes.schema.manifest import MANIFEST, manifest_text, read_manifest
 from recipes.schema.read import recipe_mapping, recipe_yaml
+from train.build import open_data
 from train.notebook import open_run
 
 
@@ -44,6 +48,9 @@ def work(rank: int, folder: str) -> dict[str, Any]:
             "shapes": {name: tuple(value.shape) for name, value in before.activations.items()},
             "logits": [tuple(value.shape) for value in same.activations.values()],
             "step": run.step_of_checkpoint,
+            "skips_left_out_rows": np.array_equal(
+                batch.tokens, open_data(run.recipe).training_rows(np.arange(8, 12)).tokens
+            ),
             "refused": refused,
         }
 
@@ -57,7 +64,9 @@ def test_five_lines_load_a_run_and_a_batch_step_it_and_show_activations(tmp_path
         model=replace(RECIPE.model, vocab=300),
         data=replace(RECIPE.data, folder=str(tmp_path / "data"), sources={"one": SourceConfig(path="made by hand")}),
     )
-    save_teacher(run, recipe, tokenizer=manifest.tokenizer.fingerprint)
+    path = save_teacher(run, recipe, tokenizer=manifest.tokenizer.fingerprint)
+    ledger = Ledger(left_out=((4, 8),), rollbacks=1)  # the run went back and left the rows of its second step out
+    (path / MANIFEST).write_text(manifest_text(replace(read_manifest(path), ledger=ledger)))
     (run / "recipe.yaml").write_text(recipe_yaml(recipe_mapping(recipe)))
     on_disk = digests(run)
     (found,) = run_ranks(1, work, str(run))
@@ -65,6 +74,7 @@ def test_five_lines_load_a_run_and_a_batch_step_it_and_show_activations(tmp_path
     assert before == same and first == pytest.approx(
         before, rel=1e-6
     )  # the trainer's loss of the same weights and rows
+    assert found["skips_left_out_rows"]
     assert after < before and found["grad_norm"] > 0 and found["step"] == 3
     assert found["rows"] == (4, 64)
     layers = {f"decoder.layers.{i}": (64, 4, 64) for i in range(len(RECIPE.model.pattern))}

@@ -44,7 +44,10 @@ _AGAIN_S = 300.0
 _CLOSE_S = 120.0
 """How long a failing run waits for an unfinished copy."""
 _REPORT_S = 30.0
-"""Time between messages, and between signs of life to the other ranks, during a long wait."""
+"""Time between messages during a long wait."""
+_LOST = "belongs to another process now"
+_SIGN_OF_LIFE_S = 2.0
+"""Time between signs of life to the other ranks: less than any sensible launch.timeout_s."""
 
 
 class StorageCopy:
@@ -101,15 +104,16 @@ class StorageCopy:
                 log.warning("the copy to %s did not finish in %.0f s and is abandoned", self.bucket.address, timeout_s)
                 return
             self._thread.join(left)
-            if self._thread.is_alive() and self._current is not None:
-                log.warning("waiting until %s is copied to %s", self._current.name, self.bucket.address)
+            if (current := self._current) is not None and self._thread.is_alive():
+                log.warning("waiting until %s is copied to %s", current.name, self.bucket.address)
 
     def close(self, *, has_failed: bool) -> None:
         """At the end of a run: finish, copy the last lines of its records, give up the lease."""
         self.finish(_CLOSE_S if has_failed else None)
-        if not self._lease.is_lost and not self._thread.is_alive():
+        if not self._thread.is_alive():
             try:
-                run_copy.copy_records(self.bucket, self._run)
+                if self._lease.renew():
+                    run_copy.copy_records(self.bucket, self._run)
             except (StratumError, OSError) as error:
                 log.warning("the records of %s were not copied: %s", self._run, error)
         self._lease.release()
@@ -137,7 +141,11 @@ class StorageCopy:
                     return self._current
                 if self._is_closing:
                     return None
-                self._wake.wait(rest if self._pending else _REPORT_S)
+                self._wake.wait(min(rest, _REPORT_S) if self._pending else _REPORT_S)
+            if self.error is None or _LOST not in self.error:
+                self.error = f"{self.bucket.address} {_LOST}; this process copies nothing more there."
+                step = max((steps.step_of(path) for path in steps.steps_in(self._run / CHECKPOINTS)), default=0)
+                self._events.append(Event("storage_failed", step, {"error": self.error}))
             return None
 
     def _copy(self, path: Path) -> bool:
@@ -194,7 +202,7 @@ def storage_copy(recipe: Recipe, run: Path, *, mesh: Mesh) -> Iterator[StorageCo
     if address is None:
         yield None
         return
-    copy = _with_signs_of_life(Peers(mesh.saving), lambda: _open(recipe, run, address))
+    copy = with_signs_of_life(Peers(mesh.saving), lambda: _open(recipe, run, address))
     is_whole = False
     try:
         yield copy
@@ -204,9 +212,12 @@ def storage_copy(recipe: Recipe, run: Path, *, mesh: Mesh) -> Iterator[StorageCo
             copy.close(has_failed=not is_whole)
 
 
-def _with_signs_of_life(peers: Peers, act: Callable[[], StorageCopy]) -> StorageCopy | None:
-    """Rank 0 does something that may take hours; the others wait without a time-out. -> its value on rank 0, else None."""
-    found: list[StorageCopy | Exception] = []
+def with_signs_of_life[T](peers: Peers, act: Callable[[], T]) -> T | None:
+    """Rank 0 does something that may take hours; the others wait without a time-out. -> its value on rank 0, else None.
+
+    Collective over the world. Raises on every rank what `act` raises.
+    """
+    found: list[T | Exception] = []
 
     def run() -> None:
         try:
@@ -216,20 +227,20 @@ def _with_signs_of_life(peers: Peers, act: Callable[[], StorageCopy]) -> Storage
         except Exception as error:  # raised on every rank below
             found.append(error)
 
-    thread = threading.Thread(target=run, name="storage start", daemon=True)
+    thread = threading.Thread(target=run, name="storage wait", daemon=True)
     if peers.rank == 0:
         thread.start()
     while True:
         outcome = None
         if peers.rank == 0:
-            thread.join(_REPORT_S)
+            thread.join(_SIGN_OF_LIFE_S)
             if not thread.is_alive():
                 outcome = found[0] if isinstance(found[0], Exception) else "done"
         outcome = peers.broadcast(outcome)
         if isinstance(outcome, Exception):
             raise outcome
         if outcome == "done":
-            return found[0] if found and isinstance(found[0], StorageCopy) else None
+            return found[0] if found and not isinstance(found[0], Exception) else None
 
 
 def _open(recipe: Recipe, run: Path, address: str) -> StorageCopy:
@@ -282,9 +293,12 @@ def fetch_newest(
         if stored.step <= newer_than:
             break
         started = time.monotonic()
-        path = fetch_step(bucket, stored, manifest, run / CHECKPOINTS, notes)
-        if path is not None:
+        aside = _fetch_aside(bucket, stored, manifest, run / CHECKPOINTS, notes)
+        if aside is not None:
+            # Before the step is published: a start that is cut off in between fetches both again. The other way round, the next
+            # copy would replace the storage's metrics.jsonl by the shorter one of this disk.
             _fetch_metrics(bucket, run, step=stored.step)
+            path = _publish(aside, run / CHECKPOINTS, step=stored.step)
             fields = {"path": str(path), "seconds": time.monotonic() - started, "bytes": manifest.bytes}
             return Event("storage_fetch", stored.step, fields | {"storage": bucket.address})
     if not (run / METRICS).exists():
@@ -296,15 +310,20 @@ def fetch_newest(
 def fetch_step(bucket: Bucket, stored: StoredStep, manifest: Manifest, folder: Path, notes: list[str]) -> Path | None:
     """Fetch one step into a folder of checkpoints and publish it there once its fingerprints agree. -> its path, or None and a
     note if they do not. Raises as `fetch_newest`."""
+    aside = _fetch_aside(bucket, stored, manifest, folder, notes)
+    return None if aside is None else _publish(aside, folder, step=stored.step)
+
+
+def _fetch_aside(bucket: Bucket, stored: StoredStep, manifest: Manifest, folder: Path, notes: list[str]) -> Path | None:
+    """Fetch one step into a temporary folder and verify it. -> that folder, or None and a note."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < manifest.bytes:
         raise CheckpointError(
             f"step {stored.step:,} of {bucket.address} needs {units.size(manifest.bytes)}, but {folder} has "
-            f"{units.size(free)} free. Free some space or choose another run.folder."
+            f"{units.size(free)} free. Free some space, or use another folder (run.folder; TMPDIR for `verify`)."
         )
-    final = folder / name_of(stored.step)
-    aside = publishing.unused(disk.aside_of(final))
+    aside = publishing.unused(disk.aside_of(folder / name_of(stored.step)))
     disk.make_folder(aside)
     log.warning("fetching step %d (%s) from %s", stored.step, units.size(manifest.bytes), bucket.address)
     try:
@@ -317,7 +336,11 @@ def fetch_step(bucket: Bucket, stored: StoredStep, manifest: Manifest, folder: P
         disk.remove_tree(aside)
         notes.append(f"skipped: {bucket.address}/{CHECKPOINTS}/{stored.name} is damaged: {problems[0]}")
         return None
-    final, _ = publishing.publish_step(aside, final)
+    return aside
+
+
+def _publish(aside: Path, folder: Path, *, step: int) -> Path:
+    final, _ = publishing.publish_step(aside, folder / name_of(step))
     publishing.point_at(folder, final.name)
     return final
 
@@ -328,12 +351,13 @@ def _fetch_metrics(bucket: Bucket, run: Path, *, step: int) -> None:
     fetched.unlink(missing_ok=True)
     if not run_copy.fetch_record(bucket, METRICS, fetched):
         return
-    if path.exists() and not _is_prefix(path, fetched):
+    if path.exists() and not is_prefix(path, fetched):
         disk.rename(path, run / f"metrics-before-step-{step}-{os.getpid()}.jsonl")
     disk.rename(fetched, path)
 
 
-def _is_prefix(path: Path, longer: Path) -> bool:
+def is_prefix(path: Path, longer: Path) -> bool:
+    """Whether a file begins with the whole content of another."""
     with path.open("rb") as a, longer.open("rb") as b:
         while block := a.read(1 << 20):
             if b.read(len(block)) != block:

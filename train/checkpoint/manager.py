@@ -26,7 +26,7 @@ from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.run_folder import POINTER
 from train.checkpoint import finite, publishing, storage
-from train.checkpoint.copying import StorageCopy
+from train.checkpoint.copying import StorageCopy, with_signs_of_life
 from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot
 from train.checkpoint.staging import Staging
@@ -243,10 +243,10 @@ class CheckpointFolder:
             f"{error or 'rank 0 could not copy to run.storage.'} The checkpoints in {self.folder} are intact."
         )
 
-    def finish_storage(self) -> None:
-        """Wait until the last checkpoint is copied to storage, or could not be. Not collective."""
-        if self._copy is not None:
-            self._copy.finish()
+    def finish_storage(self, mesh: Mesh) -> None:
+        """Wait until the last checkpoint is copied to storage, or could not be. Collective: a copy may take longer than
+        launch.timeout_s, so the ranks without one must not wait for rank 0 in another operation."""
+        with_signs_of_life(Peers(mesh.saving), lambda: self._copy.finish() if self._copy is not None else None)
 
     def advice(self, mesh: Mesh) -> str:
         """Advice about NaN or infinity that names the newest finite checkpoint. Waits for a running save. Collective."""

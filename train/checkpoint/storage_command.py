@@ -17,8 +17,8 @@ from recipes.schema import units
 from recipes.schema.errors import CheckpointError
 from recipes.schema.foreign import printable_lines
 from recipes.schema.manifest import Manifest, describe_layout
-from recipes.schema.run_folder import CHECKPOINTS
-from train.checkpoint.copying import fetch_step
+from recipes.schema.run_folder import CHECKPOINTS, METRICS
+from train.checkpoint.copying import fetch_step, is_prefix
 from train.resilience.storage_lease import owner_of
 
 _STEP = re.compile(rf"(.+)/{CHECKPOINTS}/step_([0-9]{{1,18}})-([0-9]{{4,9}})/?")
@@ -93,6 +93,7 @@ def fetch_run(address: str, out: Path, console: Console, *, records_only: bool) 
     if steps.steps_in(out / CHECKPOINTS):
         raise CheckpointError(f"{out} already has checkpoints. Name a new folder.")
     bucket = Bucket(_STEP.sub(r"\1", address))
+    _refuse_other_records(bucket, out)
     out.mkdir(parents=True, exist_ok=True)
     found = [name for name in run_copy.RECORDS if run_copy.fetch_record(bucket, name, out / name)]
     if records_only:
@@ -107,6 +108,17 @@ def fetch_run(address: str, out: Path, console: Console, *, records_only: bool) 
         raise CheckpointError(notes[-1])
     console.print(f"Fetched and verified {printable_lines(str(path))} ({units.size(manifest.bytes)}).")
     return 0
+
+
+def _refuse_other_records(bucket: Bucket, out: Path) -> None:
+    """CheckpointError if a folder has the records of another run, or lines that the storage does not have."""
+    if not any((out / name).exists() for name in run_copy.RECORDS):
+        return
+    with tempfile.TemporaryDirectory(prefix="stratum-fetch-") as folder:
+        stored = Path(folder) / METRICS
+        there = run_copy.fetch_record(bucket, METRICS, stored)
+        if not ((out / METRICS).exists() and there and is_prefix(out / METRICS, stored)):
+            raise CheckpointError(f"{out} has records that {bucket.address} does not have. Name a new folder.")
 
 
 def find(address: str) -> tuple[Bucket, StoredStep, Manifest]:

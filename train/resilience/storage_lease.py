@@ -46,11 +46,13 @@ class StorageLease:
         threading.Thread(target=self._beat, name="storage lease", daemon=True).start()
 
     def renew(self) -> bool:
-        """Send a heartbeat. -> False if another process owns the run now. UnreachableError if the storage does not answer."""
+        """Send a heartbeat. -> False if another process owns the run now or may take it, because this one has released it.
+        UnreachableError if the storage does not answer."""
         with self._lock:
-            if not self.is_lost and not self._ended.is_set():
-                self._beats += 1
-                self._write(self._owner)
+            if self.is_lost or self._ended.is_set():
+                return False
+            self._beats += 1
+            self._write(self._owner)
             return not self.is_lost
 
     def release(self) -> None:

@@ -76,6 +76,7 @@ def test_errors_that_would_repeat_are_not_retried_and_evictions_are_not_counted(
         ({"image": ""}, {}, [], "kubernetes.image is empty"),
         ({"volume_claim": None}, {}, [], "ReadWriteMany"),
         ({"volume_claim": None}, {"nodes": 1}, [], "lost with its pod"),
+        ({"volume_claim": None}, {"nodes": 1}, [], "empty volume at /work"),
         ({"folder": "work"}, {}, [], "absolute folder"),
         ({"node_selector": "gpu"}, {}, [], "NAME=VALUE"),
         ({"tolerations": "gpu"}, {}, [], "EFFECT"),
@@ -106,6 +107,7 @@ def test_the_command_prints_or_submits(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pod.yaml").write_text("hostNetwork: true\n")
     words = ["-cn", "smoke", "launch.kubernetes.image=r/s:1", "run.storage=s3://bucket/runs"]
+    words += ["data.folder=s3://bucket/data"]
     assert main([*words, "launch.kubernetes.pod=pod.yaml", "--dry-run"]) == 0
     manifest = yaml.safe_load(capsys.readouterr().out)
     assert manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["hostNetwork"] is True
@@ -118,9 +120,11 @@ def test_the_command_prints_or_submits(
     monkeypatch.setenv("PATH", f"{kubectl.parent}:/usr/bin:/bin")
     assert main(words) == 0
     assert (tmp_path / "called").read_text().split() == ["create", "-f", "runs/smoke/logs/jobset.yaml"]
-    kubectl.write_text('#!/bin/sh\necho "already exists" >&2\nexit 1\n')
+    assert main([*words, "launch.kubernetes.namespace=team"]) == 0
+    assert "kubectl get jobset smoke --namespace team\n" in capsys.readouterr().out
+    kubectl.write_text('#!/bin/sh\necho "Error from server (AlreadyExists): ..." >&2\nexit 1\n')
     assert main(words) == 2
-    assert "already exists" in capsys.readouterr().err
+    assert "kubectl delete jobset smoke. If it belongs" in capsys.readouterr().err
 
 
 def test_ranks_of_a_node_and_the_status_of_the_first_that_fails(tmp_path: Path) -> None:

@@ -13,10 +13,15 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from object_server import SECRET, ObjectServer, Request, object_server
+from ranks import run_ranks
 from stored_runs import FAST, copying_to, step_of_run, steps_there
 from tiny import RECIPE
 
@@ -193,6 +198,57 @@ def test_a_writer_that_was_taken_for_dead_publishes_nothing(server: ObjectServer
     )
 
 
+def test_a_lease_lost_between_two_copies_is_said_and_can_end_the_run(server: ObjectServer, tmp_path: Path) -> None:
+    with copying_to(RUN, tmp_path / "run", on_storage_failure="stop") as copy:
+        from_another_machine(server)
+        assert not copy._lease.renew()
+        copy.finish()
+        (event,) = copy.collect()
+        assert event.kind == "storage_failed" and "belongs to another process now" in event.fields["error"]
+        config = CheckpointConfig(on_storage_failure="stop")
+        assert CheckpointFolder(tmp_path / "run/checkpoints", config, copy=copy).storage_has_failed
+
+
+def test_a_released_lease_permits_no_copy(server: ObjectServer, pair: Path, tmp_path: Path) -> None:
+    bucket = Bucket(RUN, retries=FAST)
+    lease = storage_lease.take(bucket)
+    lease.release()
+    with pytest.raises(StorageError, match="not published"):
+        run_copy.publish(bucket, step_of_run(pair, tmp_path, 6), owner=1, may_publish=lease.renew)
+
+
+def test_a_published_step_keeps_its_bytes_if_the_same_owner_has_another_one(
+    server: ObjectServer, pair: Path, tmp_path: Path
+) -> None:
+    bucket = Bucket(RUN, retries=FAST)
+    first, again = step_of_run(pair, tmp_path / "a", 6), step_of_run(pair, tmp_path / "b", 6)
+    run_copy.publish(bucket, first, owner=1, may_publish=lambda: True)
+    before = dict(server.objects)
+    manifest = read_manifest(again)  # a run that went back before step 6 reaches it again, with other numbers
+    name = next(name for name in manifest.files if name.endswith(".safetensors"))
+    (again / name).write_bytes((again / name).read_bytes() + b"more")
+    files = manifest.files | {name: (again / name).stat().st_size}
+    (again / MANIFEST).write_text(manifest_text(replace(manifest, files=files)))
+    with pytest.raises(StorageError, match="already has another checkpoint"):
+        run_copy.publish(bucket, again, owner=1, may_publish=lambda: True)
+    assert server.objects == before
+
+
+def test_the_step_just_copied_stays_although_a_newer_damaged_one_is_there(
+    server: ObjectServer, pair: Path, tmp_path: Path
+) -> None:
+    bucket = Bucket(RUN, retries=FAST)
+    run_copy.publish(bucket, step_of_run(pair, tmp_path / "old", 9), owner=1, may_publish=lambda: True)
+    server.objects.pop("bucket/" + server.names("step_00000009-0001/index")[0])
+    server.objects.pop("bucket/runs/a run/owner.json", None)
+    with copying_to(RUN, tmp_path / "run", keep_last=1) as copy:
+        for step in (5, 6):  # the run continued from a step before the damaged one
+            copy.offer(step_of_run(pair, tmp_path / "run", step))
+            while copy.needed():
+                time.sleep(0.01)
+    assert steps_there(bucket) == [(6, 1)]
+
+
 def test_two_writers_of_one_step_never_mix_and_the_newer_owner_counts(
     server: ObjectServer, pair: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +328,30 @@ def test_an_outage_is_said_and_overcome_or_ends_the_run(server: ObjectServer, pa
         assert copy.error is None
 
 
+class SlowCopy:
+    """A copy whose end takes longer than a collective operation may."""
+
+    def finish(self) -> None:
+        time.sleep(1.2)
+
+
+def wait_for_the_end(rank: int) -> float:
+    """Two ranks at the end of a run with a storage; then another collective operation, as with copies in memory."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=0.8))
+    copying._SIGN_OF_LIFE_S = 0.1
+    copy = SlowCopy() if rank == 0 else None
+    folder = CheckpointFolder(Path("unused"), CheckpointConfig(), copy=copy)  # type: ignore[arg-type]
+    folder.finish_storage(SimpleNamespace(saving=dist.group.WORLD))  # type: ignore[arg-type]
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return float(total)
+
+
+def test_a_last_copy_longer_than_the_time_out_does_not_fail_the_other_ranks() -> None:
+    assert run_ranks(2, wait_for_the_end) == [2.0, 2.0]
+
+
 def test_an_empty_machine_starts_from_the_newest_step_that_verifies(
     server: ObjectServer, pair: Path, tmp_path: Path
 ) -> None:
@@ -308,6 +388,28 @@ def test_an_empty_machine_starts_from_the_newest_step_that_verifies(
     assert main(["fetch", f"{RUN}/checkpoints/step_00000004-0001", str(tmp_path / "d")]) == 0
     assert main(["fetch", RUN, str(tmp_path / "d")]) == 2, "it does not mix two runs"
     assert sorted(path.name for path in (tmp_path / "records").iterdir()) == [METRICS, "recipe.yaml"]
+    assert main(["fetch", RUN, str(tmp_path / "records"), "--records"]) == 0, "again, for the newest lines"
+    (tmp_path / "records" / METRICS).write_text("another run\n")
+    assert main(["fetch", RUN, str(tmp_path / "records"), "--records"]) == 2
+    assert (tmp_path / "records" / METRICS).read_text() == "another run\n", "it replaces no other run's records"
+
+
+def test_a_fetch_that_is_cut_off_before_the_metrics_costs_no_lines(
+    server: ObjectServer, pair: Path, tmp_path: Path
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    recipe = replace(RECIPE, run=replace(RECIPE.run, name="a run", storage="s3://bucket/runs"))
+    with copying_to(RUN, there) as copy:
+        copy.offer(step_of_run(pair, there, 6))
+        (there / METRICS).write_text("a\nb\n")
+    here.mkdir()
+    (here / METRICS).write_text("a\n")
+    server.fault = lambda request: "403" if request.method == "GET" and request.key.endswith(METRICS) else ""
+    with pytest.raises(StorageError):
+        copying._open(recipe, here, RUN)
+    server.fault = lambda request: ""
+    copying._open(recipe, here, RUN).close(has_failed=False)
+    assert server.objects[f"bucket/runs/a run/{METRICS}"] == b"a\nb\n"
 
 
 def test_lines_that_only_this_disk_has_are_not_lost(server: ObjectServer, pair: Path, tmp_path: Path) -> None:

@@ -99,6 +99,53 @@ def test_a_changed_recipe_that_goes_back_is_a_new_run(tmp_path: Path) -> None:
     assert [row.step for row in second] == list(range(0, 21))
 
 
+def test_a_run_that_goes_back_after_a_spike_is_a_new_run_without_the_undone_steps(tmp_path: Path) -> None:
+    store, record = Store(), JsonLines(tmp_path / METRICS)
+    follower = Follower("Store", store.open, folder=tmp_path, first_step=0, recipe={}, data="d")
+    back = [{"kind": "rollback", "step": 11, "to_step": 8, "documents": [], "time": 5.5}]
+    for lines in (*lines_of(0, 10, 0.1), back, *lines_of(8, 14, 0.2)):
+        record.write(lines)
+        follower.write(lines)
+    record.close()
+    follower.close()
+    first, second = store.rows.values()
+    assert [row.step for row in first] == list(range(0, 10)), "step 10 was not complete yet"
+    assert [row.step for row in second] == list(range(0, 15))
+    wanted = {step: loss_of(step, 0.1 if step <= 8 else 0.2) for step in range(1, 15)}
+    assert {row.step: row.scalars["train/loss"] for row in second if row.step} == wanted
+
+
+def test_a_copy_of_a_run_folder_does_not_write_into_the_run_of_the_original(tmp_path: Path) -> None:
+    store = Store()
+    for name in ("one", "two"):
+        follower = Follower(
+            "Store", store.open, folder=tmp_path, first_step=0, recipe={"run": {"name": name}}, data="d"
+        )
+        follower.write([step_line(1, 0.1)])
+        follower.close()
+    assert len(store.rows) == 2
+
+
+def test_a_history_that_takes_longer_than_the_limit_is_sent_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.record.trackers.follower._ROWS_AT_ONCE", 1)
+
+    class Slow(StoredRun):
+        def send(self, rows: Sequence[Row]) -> None:
+            time.sleep(0.05)
+            super().send(rows)
+
+    store = Store()
+    follower = Follower(
+        "Store", lambda run: Slow(store, []), folder=tmp_path, first_step=0, recipe={}, data="", hang_s=0.2
+    )
+    follower.write([step_line(step, 0.1) for step in range(1, 10)])
+    time.sleep(0.3)
+    follower.write([step_line(10, 0.1)])
+    follower.close()
+
+
 def test_a_tracker_that_is_switched_on_late_gets_the_whole_history(tmp_path: Path) -> None:
     record = JsonLines(tmp_path / METRICS)
     for lines in lines_of(0, 12, 0.1):

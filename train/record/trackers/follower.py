@@ -2,10 +2,11 @@
 
 The truth is metrics.jsonl. At each start the follower asks the tracker for the last step it has, sends the rows up to the
 resumed step that a crash has kept from it, and leaves out the steps that it has already: they run again with the same numbers. If
-the recipe or the data has changed since, their numbers differ; the tracker then gets a new run in the same group, with everything
-from step 0.
+the recipe or the data has changed since, or the run goes back because of a spike (run.spikes.policy=rollback), their numbers
+differ; the tracker then gets a new run in the same group, with everything from step 0.
 """
 
+import itertools
 import json
 import queue
 import threading
@@ -99,6 +100,12 @@ class Follower:
             rows = Rows(last_sent=tracker.last_step, first_step=self._first_step)
             rows.earlier(self._earlier())
             while (lines := self._lines.get()) is not None:
+                back = next((line for line in lines if line["kind"] == "rollback"), None)
+                if back is not None and not rows.go_back(back["to_step"]):
+                    tracker.close()
+                    tracker = self._next_part()
+                    rows = Rows(last_sent=tracker.last_step, first_step=back["to_step"])
+                    rows.earlier(self._before(back))
                 rows.add(lines)
                 self._send(tracker, rows)
                 if self._lines.empty():
@@ -108,15 +115,18 @@ class Follower:
         except Exception as error:
             self._error = error
 
-    @staticmethod
-    def _send(tracker: Tracker, rows: Rows, *, is_end: bool = False) -> None:
+    def _send(self, tracker: Tracker, rows: Rows, *, is_end: bool = False) -> None:
         ready = rows.complete(is_end=is_end)
         for start in range(0, len(ready), _ROWS_AT_ONCE):
             tracker.send(ready[start : start + _ROWS_AT_ONCE])
+            if self._waits_since is not None:  # a long history takes time, but the tracker does answer
+                self._waits_since = time.monotonic()
 
     def _open(self) -> Tracker:
         """The run at the tracker: the one of the last start, or a new part if that has steps which now run with other numbers."""
         before = read_state(self._folder, self.name)
+        if before is not None and before.recipe.get("run", {}).get("name") != self._recipe.get("run", {}).get("name"):
+            before = None  # a copy of another run's folder must not write into that run
         state = before or State(uuid.uuid4().hex[:12], 1, self._recipe, self._data)
         tracker = self._opened(state)
         if before is not None and tracker.last_step > self._first_step and self._has_changed(before):
@@ -130,6 +140,17 @@ class Follower:
     def _opened(self, state: State) -> Tracker:
         write_state(self._folder, self.name, state)  # first, so that no kill leaves a run that nobody finds again
         return self._make(TrackedRun(self._folder, state.identity, state.part, self._recipe))
+
+    def _next_part(self) -> Tracker:
+        state = read_state(self._folder, self.name) or State(uuid.uuid4().hex[:12], 0, self._recipe, self._data)
+        return self._opened(replace(state, part=state.part + 1))
+
+    def _before(self, back: Line) -> list[Line]:
+        """The lines of metrics.jsonl up to the one that says that the run went back."""
+        lines = read_metrics(self._folder / METRICS)
+        return list(
+            itertools.takewhile(lambda line: (line["kind"], line.get("time")) != ("rollback", back["time"]), lines)
+        )
 
     def _has_changed(self, before: State) -> bool:
         return before.data != self._data or any(

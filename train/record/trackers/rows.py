@@ -50,6 +50,12 @@ class Rows:
             if line["kind"] == "step":
                 self._newest = max(self._newest, line["step"])
 
+    def go_back(self, step: int) -> bool:
+        """The run has gone back to `step` in this start. -> False if later steps, which are undone, have been sent already."""
+        self._waiting = {at: row for at, row in self._waiting.items() if at <= step}
+        self._newest = step
+        return self._last_sent <= step
+
     def complete(self, *, is_end: bool = False) -> list[Row]:
         """Rows that no later line can change. is_end: no line follows, so the newest step's row is complete too."""
         limit = self._newest if is_end else self._newest - 1
