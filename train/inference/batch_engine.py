@@ -573,8 +573,7 @@ def _begins_as(text: OpenText, other: OpenText) -> bool:
     return not (
         text.generated
         or other.generated
-        or text.most_guesses
-        or other.most_guesses
+        or max(text.most_guesses, other.most_guesses)
         or text.scored < len(text.tokens)
         or other.scored < len(other.tokens)
         or text.tokens != other.tokens
