@@ -9,8 +9,6 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import low_precision_linears, scalings_used
 
-_DENSE = "Use a model without `E` layers (model.pattern)."
-
 
 def expert_problems(recipe: Recipe) -> list[Problem]:
     """Objectives that do not work with `E` layers: a teacher has no expert groups, GRPO has not been tried."""
@@ -18,7 +16,8 @@ def expert_problems(recipe: Recipe) -> list[Problem]:
     if not has_experts(recipe.model) or kind not in ("distill", "grpo"):
         return []
     text = f"objective.kind={kind} does not support `E` layers (model.pattern={recipe.model.pattern})."
-    return [Problem("objective.kind", text, f"Use objective.kind=next_token. {_DENSE}")]
+    dense = recipe.model.pattern.replace("E", "-")
+    return [Problem("objective.kind", text, f"Use model.pattern={dense}, or objective.kind=next_token.")]
 
 
 def expert_precision_problems(model: ModelConfig, precision: PrecisionConfig, *, backend: str) -> list[Problem]:

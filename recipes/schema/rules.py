@@ -66,6 +66,7 @@ def problems(
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
+        *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
@@ -87,7 +88,6 @@ def problems(
         *data_fit_problems(recipe),
         *dpo_problems(recipe),
         *reward_problems(recipe),
-        *expert_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,

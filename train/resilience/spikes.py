@@ -82,7 +82,7 @@ class SpikeWatch:
         in_a_row = self._ledger.skips_in_a_row + 1
         if in_a_row > self._config.most_in_a_row:
             raise NumericsError(
-                f"step {step}: {refused}. This is the {in_a_row}. step in a row that cannot be used "
+                f"step {step}: {refused}. Steps in a row that could not be used: {in_a_row} "
                 f"(run.spikes.most_in_a_row={self._config.most_in_a_row}). Weights and checkpoints are intact. Continue with a "
                 f"lower optim.lr or a longer schedule.warmup (checkpoint.allow=[arithmetic])."
             )

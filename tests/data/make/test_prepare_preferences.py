@@ -330,7 +330,9 @@ def test_trace_and_inspect_show_record_rank_and_answers(made: DataConfig, capsys
 
 
 def composed_recipe(config: DataConfig) -> Any:
-    return OmegaConf.create({"data": asdict(config), "run": {"steps": 2, "global_rows": 4}})
+    return OmegaConf.create(
+        {"data": asdict(config), "run": {"steps": 2, "global_rows": 4, "folder": "runs", "name": "none"}}
+    )
 
 
 @pytest.mark.parametrize("template", ["turns", "chatml"])
