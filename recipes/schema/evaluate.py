@@ -18,7 +18,7 @@ class EvaluateConfig:
     """Number of held-out rows of each source to score; all of them if there are fewer."""
     tasks: tuple[str, ...] = ()
     """Tasks to score during training: names such as needle-1k, or task files (docs/evaluate.md). Tasks that need generated text
-    work without pipeline, context and sequence parallelism."""
+    work without pipeline, context, expert and sequence parallelism."""
     tasks_every_steps: Count = 1000
     """Score tasks at every multiple of this step, and at the start and end; 0: at the start and end only."""
     task_items: PositiveInt = 256

@@ -46,7 +46,7 @@ class ExpertsConfig:
     """Factor of `aux_loss`."""
     capacity: PositiveFloat | None = None
     """Most tokens of a microbatch that an expert takes, as a multiple of the mean; those with the smallest weights are dropped.
-    null: every token gets all its experts."""
+    Only in training: evaluation and generation drop none. null: every token gets all its experts."""
 
 
 def experts_problems(experts: ExpertsConfig) -> list[Problem]:

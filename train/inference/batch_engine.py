@@ -569,11 +569,11 @@ _NOT_FINITE = "the model's output is not finite (NaN or infinity)"
 
 def _begins_as(text: OpenText, other: OpenText) -> bool:
     """Whether a text that waits can begin where the prompt of the other one ends, which is not read yet, or just now. A drafter
-    reads prompts itself, and a score needs the logits of its prompt."""
+    reads prompts itself; a text with guesses has states that may be taken back; a score needs the logits of its prompt."""
     return not (
         text.generated
         or other.generated
-        or text.most_guesses
+        or max(text.most_guesses, other.most_guesses)
         or text.scored < len(text.tokens)
         or other.scored < len(other.tokens)
         or text.tokens != other.tokens

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -149,7 +149,8 @@ def _layers(chunks: Sequence[Any]) -> Iterator["ExpertLayer"]:
 
 
 class Router(TopKRouter):
-    """Megatron's router, which also sums the entropy of its scores.
+    """Megatron's router, which also sums the entropy of its scores, and drops tokens (`capacity`) in training only: otherwise the
+    numbers of an evaluated or generated text would depend on the texts that are read with it.
 
     Megatron would update the bias when gradients are complete. A save in the background may still copy the state then, and a
     step may yet be skipped: `update_biases` does it with the weights.
@@ -160,6 +161,15 @@ class Router(TopKRouter):
     def __init__(self, config: TransformerConfig, *, pg_collection: Any) -> None:
         super().__init__(config, pg_collection=pg_collection)
         self.frozen_expert_bias = True
+        self._in_training = config
+        self._without_capacity = copy(config)
+        self._without_capacity.moe_expert_capacity_factor = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and whether tokens are dropped."""
+        super().train(mode)
+        self.config = self._in_training if mode else self._without_capacity
+        return self
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
         """logits [sequence, rows, experts] -> (weights, choices), both [tokens, experts]."""

@@ -70,7 +70,7 @@ def _exchanged(x: torch.Tensor, send: list[int], receive: list[int], group: Any)
 
 
 def _gathered(x: torch.Tensor, counts: list[int], group: Any) -> torch.Tensor:
-    most = max(counts)
+    most = _padded_rows(counts)
     padded = x.new_zeros(most, *x.shape[1:])
     padded[: len(x)] = x
     whole = x.new_empty(most * len(counts), *x.shape[1:])
@@ -79,10 +79,15 @@ def _gathered(x: torch.Tensor, counts: list[int], group: Any) -> torch.Tensor:
 
 
 def _scattered(x: torch.Tensor, counts: list[int], group: Any) -> torch.Tensor:
-    most = max(counts)
+    most = _padded_rows(counts)
     padded = x.new_zeros(len(counts), most, *x.shape[1:])
     for place, part in zip(padded, x.split(counts), strict=True):
         place[: len(part)] = part
     own = x.new_empty(most, *x.shape[1:])
     dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=group)
     return own[: counts[group.rank()]].contiguous()
+
+
+def _padded_rows(counts: list[int]) -> int:
+    """At least one, so that each rank has a part also if the router sends no token to these experts."""
+    return max(1, *counts)

@@ -124,6 +124,8 @@ def layer_work(
             forward += tokens * (2.0 * (2 * conv + 6 * inner_width) + 3 * states)
             backward += tokens * (2.0 * (5 * conv + 14 * inner_width) + 6 * states)
             exchange = 2.0 * tokens * (2 * inner_width + 2 * groups * model.mamba_state + inner_width)
+    # Of an expert layer, only the shared expert needs the tokens of all tensor ranks.
+    is_split = tensor > 1 and (kind != "E" or model.experts.shared_ffn > 0)
     return LayerWork(
         gemms=gemms,
         score_flops=score_flops,
@@ -133,7 +135,7 @@ def layer_work(
         tensor_bytes=2.0 * tokens * model.hidden,
         # Sequence parallel: an all-gather before the layer and a reduce-scatter after it; backward the same, and an all-gather of
         # the input for the weight gradient. Otherwise one all-reduce (a scatter and a gather) in each direction.
-        tensor_collectives=((2, 3) if split_sequence else (2, 2)) if tensor > 1 else (0, 0),
+        tensor_collectives=((2, 3) if split_sequence else (2, 2)) if is_split else (0, 0),
         ring_bytes=ring,
         exchange_bytes=exchange,
         weights=sum(gemm.n * gemm.k for gemm in gemms if not gemm.experts),

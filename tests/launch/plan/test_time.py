@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from launch.plan.cost.device import device_named
+from launch.plan.cost.layer_work import layer_work
 from launch.plan.cost.time import Setting, layer_seconds, step_time
 from launch.plan.published.models import model_named
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.layout import Layout
 from recipes.schema.pattern import cut, flops_per_token
 
@@ -58,3 +60,10 @@ def test_gradients_over_one_network_card_take_their_bytes() -> None:
     found = step_time(one).parts["data"]
     weights = 8.03e9 / 8
     assert found == pytest.approx((4 + 2) * weights * 3 / 4 / (0.8 * 50e9), rel=0.03)
+
+
+@pytest.mark.parametrize(("shared_ffn", "collectives"), [(0, (0, 0)), (1024, (2, 3))])
+def test_only_a_shared_expert_gathers_tokens_over_tensor_ranks(shared_ffn: int, collectives: tuple[int, int]) -> None:
+    model = replace(LLAMA, experts=ExpertsConfig(shared_ffn=shared_ffn))
+    work = layer_work("E", model, tokens=64, sequence=64, tensor=2, split_sequence=True, is_low=False)
+    assert work.tensor_collectives == collectives

@@ -1,5 +1,6 @@
 """Verifiers in their process: rewards, ranges, permission, and every way in which a user's function can fail."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.errors import BackendError, DataError, RecipeError
 from train.align.verify.judge import Judge, Limits
 from train.align.verify.sample import Sample
 
@@ -132,3 +133,20 @@ def test_a_wrong_verifier_is_refused(verifier: dict[str, Any], message: str) -> 
     with pytest.raises(DataError) as raised:
         Judge(verifier)
     assert message in str(raised.value)
+
+
+def test_no_room_for_a_process_is_a_failure_of_the_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a traceback on one rank, while the others wait for it; and no descriptor stays open."""
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with Judge({"kind": "exact"}) as judge:
+        judge.close()  # as after a time-out
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr("train.align.verify.judge.subprocess.Popen", no_memory)
+        (reward,) = judge.rewards([Sample("", "a", {"target": "a"})])
+        assert reward.what == "did not start" and "Cannot allocate memory" in reward.failure
+        with pytest.raises(BackendError, match="verifier exact did not start: Cannot allocate memory"):
+            Judge({"kind": "exact"})
+        assert len(os.listdir("/proc/self/fd")) == before

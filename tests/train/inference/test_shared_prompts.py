@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from test_speculation import Threes
 from tiny import VOCAB, engine_of, recipe_with
 
 from train.inference.batch_engine import EngineConfig, InferenceEngine
@@ -59,3 +60,20 @@ def test_a_prompt_is_read_once_for_all_texts_that_begin_with_it(
     else:  # texts that found no row or no page read the prompt again
         assert stats.preemptions or read < 0.6 * GROUP * once
     assert bool(stats.preemptions) == (free_pages < 999)
+
+
+def after_a_guess(rank: int) -> list[bool]:
+    """Whether texts without guesses, whose prompt a text with wrong guesses reads, are as if they had been alone."""
+    recipe = recipe_with(**{"model.init_std": 0.1})
+    with engine_of(recipe, rank=rank, world=1) as built, torch.no_grad():
+        model = built.chunks[0].module.eval()
+        config = EngineConfig(rows=3, context_tokens=48, page_tokens=4)
+        plain = [Request([5], 9, sampling=Sampling(1.0, seed=seed), draft_tokens=0) for seed in (1, 2)]
+        guessing = Request([5], 9, sampling=Sampling(1.0, seed=0))
+        found = InferenceEngine(model, recipe.model, config, drafter=Threes()).run([guessing, *plain])[1:]
+        alone = [InferenceEngine(model, recipe.model, config).run([request])[0] for request in plain]
+        return [drawn(a) == drawn(b) for a, b in zip(found, alone, strict=True)]
+
+
+def test_a_text_does_not_begin_with_the_guesses_of_another() -> None:
+    assert run_ranks(1, after_a_guess) == [[True, True]]

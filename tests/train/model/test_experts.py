@@ -12,6 +12,8 @@ from tiny import Numbers, engine_of, microbatches, recipe_with, steps_of
 
 from recipes.schema.ledger import Ledger
 from recipes.schema.recipe import Recipe
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.request import Request
 from train.model.experts import ExpertLayer, LoadReading, expert_loads
 from train.model.grouped_linear import grouped_product
 from train.native.gemm import multiply_groups
@@ -82,6 +84,26 @@ def test_dropped_rows_are_counted() -> None:
     mixture = MIXTURE | {"model.experts": replace(EXPERTS, capacity=0.5, bias_rate=0.0)}
     ((readings, _, _),) = run_ranks(1, without_bias, recipe_with(**mixture), 1)
     assert all(r.dropped >= 0.5 - 1e-9 and (r.bias_min, r.bias_max) == (0, 0) for r in readings)
+
+
+def scored_together_and_alone(rank: int, recipe: Recipe) -> list[bool]:
+    """Whether each text has the same log-probabilities with others as by itself."""
+    with engine_of(recipe, rank=rank, world=1) as built:
+        model = built.chunks[0].module
+        requests = [Request([7 + text, *[3] * 20], 0, score_from=1) for text in range(3)]
+
+        def scores(several: list[Request]) -> list[list[float]]:
+            found = InferenceEngine(model, recipe.model, EngineConfig(rows=3, context_tokens=24)).run(several)
+            return [[token.logprob for event in events for token in event.scores] for events in found]
+
+        alone = [scores([request])[0] for request in requests]
+        return [a == pytest.approx(b, abs=1e-5) for a, b in zip(scores(requests), alone, strict=True)]
+
+
+def test_capacity_drops_nothing_outside_of_training() -> None:
+    """Otherwise a text's numbers would depend on the texts that are read with it."""
+    mixture = MIXTURE | {"model.experts": replace(EXPERTS, capacity=0.5), "model.init_std": 0.1}
+    assert run_ranks(1, scored_together_and_alone, recipe_with(**mixture)) == [[True, True, True]]
 
 
 def without_bias(rank: int, recipe: Recipe, world: int) -> tuple[list[LoadReading], list[LoadReading], list[float]]:

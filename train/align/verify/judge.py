@@ -93,18 +93,13 @@ class Judge(Closing):
         self._child, self._results, self._rest = None, -1, b""
 
     def _start(self) -> None:
-        results, child_end = os.pipe()
         try:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "train.align.verify.worker", str(child_end)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[child_end],
-                start_new_session=True,
-            )
-        finally:
-            os.close(child_end)
+            self._child, results = self._opened()
+        except OSError as error:  # no memory, processes or descriptors left
+            raise BackendError(
+                f"the verifier {self.kind} did not start: {error.strerror or error}. Use fewer ranks on this machine, or raise "
+                f"its limits."
+            ) from error
         self._results = results
         message = self._ask({"verifier": self._verifier, "memory_bytes": self._limits.memory_bytes}, seconds=_START_S)
         if "ready" in message:
@@ -115,6 +110,25 @@ class Judge(Closing):
         if "refused" in message:
             raise {"BackendError": BackendError}.get(message["error"], DataError)(message["refused"])
         raise DataError(f"the verifier {self.kind} did not start: it {message['failed']}. It may need more memory.")
+
+    def _opened(self) -> tuple[subprocess.Popen[bytes], int]:
+        """(the child process, the descriptor of its results). OSError if there is no room for them."""
+        results, child_end = os.pipe()
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "train.align.verify.worker", str(child_end)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[child_end],
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(results)
+            raise
+        finally:
+            os.close(child_end)
+        return child, results
 
     def _reward(self, sample: Sample) -> Reward:
         if self._child is None:
