@@ -7,7 +7,7 @@
 What follows the end of a pod, by the exit status of `stratum launch node` (docs/launch.md):
 
     0                                finished
-    2, 3                             the same error would follow: the run fails (podFailurePolicy, then failurePolicy)
+    2, 3, 4                          a user must act first: the run fails (podFailurePolicy, then failurePolicy)
     a pod is evicted or preempted    restart, not counted
     other                            restart, at most launch.restarts times
 
@@ -22,12 +22,12 @@ import yaml
 
 from launch.children import rank_environment
 from launch.local.node import PORT
-from recipes.schema.errors import NumericsError, StratumError
+from recipes.schema.errors import CorruptionError, NumericsError, StratumError
 from recipes.schema.launch_rules import environment_of, processes_per_node
 from recipes.schema.recipe import Recipe
 
 _CONTAINER = "trainer"
-_FINAL = (StratumError.status, NumericsError.status)
+_FINAL = (StratumError.status, NumericsError.status, CorruptionError.status)
 _AFTER_GRACE_S = 30
 """Seconds that a pod gets beyond launch.grace_s, so that the launcher can report what it had to kill."""
 _LONGEST_NAME = 40

@@ -9,6 +9,7 @@
               SIGHUP)                  no user stopped: srun ends all ranks with SIGTERM when one is killed
     2 (recipe, data, machine)          the same error would follow: no restart
     3 (NaN or infinity)                the same steps would follow: no restart
+    4 (wrong numbers of a machine)     the newest checkpoint may contain them, and the machine is still there: no restart
     other                              a failure: restart, up to `restarts` times in a row without a new checkpoint;
                                        at once if there is a new checkpoint
 """
@@ -17,10 +18,11 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.errors import NumericsError, StratumError
+from recipes.schema.errors import CorruptionError, NumericsError, StratumError
 
 USER_ERROR = StratumError.status
 NUMERICS = NumericsError.status
+CORRUPTION = CorruptionError.status
 TIME_IS_UP = 128 + signal.SIGUSR1
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP, 128 + signal.SIGHUP)
 """Exit statuses of a run that saved and stopped after a signal."""
@@ -57,6 +59,10 @@ def decide(
         return Decision("stop", "the recipe, the data or the machine must be changed first", failures)
     if status == NUMERICS:
         return Decision("stop", "training gave NaN or infinity, and the same steps would follow", failures)
+    if status == CORRUPTION:
+        what = "a machine computed or stored wrong numbers"
+        remedy = "leave it out and remove later checkpoints (suspects.jsonl in the run's folder names it and the last good step)"
+        return Decision("stop", f"{what}; {remedy}", failures)
     continues = in_queue and (status == TIME_IS_UP or (status in STOPPED and is_preempted))
     if status in STOPPED and stop_requested and not continues:
         return Decision("stop", f"stopped by {describe(status)}", failures)

@@ -52,7 +52,7 @@ class CorruptionError(StratumError):
     """A rank computed or stored wrong numbers. The message and `suspects.jsonl` in the run's folder name its host."""
 
     status = 4
-    """A machine is at fault, not the recipe: launchers restart the run, best without that host."""
+    """A machine is at fault, not the recipe. Launchers do not restart: the newest checkpoint may contain its numbers."""
 
 
 class BackendError(StratumError):

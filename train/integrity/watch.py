@@ -128,5 +128,5 @@ class Integrity:
         clean = min(finding.clean_step for finding in findings)
         raise CorruptionError(
             f"{text}. Restart without the hosts in {self._folder / SUSPECTS}. The last check that found nothing was at step "
-            f"{clean}: later checkpoints may be affected; delete those that you do not trust before the restart."
+            f"{clean}: later checkpoints may be affected; delete those that you do not trust first."
         )

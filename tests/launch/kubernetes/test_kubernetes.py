@@ -67,7 +67,7 @@ def test_errors_that_would_repeat_are_not_retried_and_evictions_are_not_counted(
         chosen = (r["action"] for r in rules if any(re.search(p, message) for p in r["onJobFailureMessagePatterns"]))
         assert next(chosen, None) == action
     policy = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert policy[0]["onExitCodes"]["values"] == [2, 3]
+    assert policy[0]["onExitCodes"]["values"] == [2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def after(status: int, **facts: object) -> Decision:
         (130, {}, "stop", 0),
         (2, {"has_new_checkpoint": True}, "stop", 0),
         (3, {"has_new_checkpoint": True, "is_preempted": True}, "stop", 0),  # NaN: the same steps again
+        (4, {"has_new_checkpoint": True}, "stop", 0),  # which may contain wrong numbers
         (1, {}, "again", 1),
         (1, {"failures": 1}, "again", 2),
         (137, {"failures": 2}, "stop", 3),
