@@ -16,20 +16,20 @@ class CheckpointConfig:
     every_steps: Count = 100
     """Save at every multiple of this step; 0: save at the end only."""
     keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep. Older ones are deleted after the next one is complete on disk, never before."""
+    """Number of newest checkpoints to keep. Older ones are deleted only after the next one is complete on disk."""
     keep_every_steps: Count = 0
-    """Also keep every checkpoint at a multiple of this step for ever; 0: keep none of them."""
+    """Also keep every checkpoint at a multiple of this step forever; 0: none."""
     keep_local: PositiveInt | None = None
-    """With `run.storage`: number of newest checkpoints in the run's folder, at most keep_last. Those of keep_every_steps stay
-    there only until they are copied. null: the folder keeps the same checkpoints as the storage."""
+    """With `run.storage`: number of newest checkpoints to keep in the run's folder, at most `keep_last`. Those of
+    `keep_every_steps` stay there only until they are copied. null: the folder keeps the same checkpoints as the storage."""
     on_storage_failure: Literal["continue", "stop"] = "continue"
     """After all retries of a copy to `run.storage` failed: warn and try again later, or end the run with an error at the next
     step."""
     background: bool = True
-    """Write while training continues, from a copy in host memory (as large as this rank's part of the checkpoint). false: wait
-    for the disk at each save."""
+    """Write while training continues, from a copy in host memory (as large as this rank's part of the checkpoint). false:
+    training waits for the disk at each save."""
     retries: Count = 2
-    """How often a failed save is tried again, from the same copy."""
+    """Number of retries of a failed save, from the same copy."""
     retry_wait_s: NonNegativeFloat = 5.0
     """Seconds before the first retry. Each further wait is twice as long."""
     on_failure: Literal["stop", "continue"] = "stop"
@@ -40,6 +40,6 @@ class CheckpointConfig:
     checkpoints; `required` refuses a folder without checkpoints."""
     allow: tuple[Literal["data_order", "arithmetic", "another_function"], ...] = ()
     """Kinds of recipe changes that a resume allows: `data_order` (other rows from here on), `arithmetic` (other numbers from the
-    same rows, e.g. optim.lr). Safe changes need no word. Reading weights (`run.start_from`, generation) needs `arithmetic` if
-    rotary angles, soft caps or epsilons differ from the checkpoint's, and `another_function` if heads, activation, norms or
-    kinds of layers differ. A resume never allows `another_function`."""
+    same rows, e.g. `optim.lr`). Safe changes are always allowed. Reading weights (`run.start_from`, generation) needs
+    `arithmetic` if rotary angles, soft caps or epsilons differ from the checkpoint's, and `another_function` if heads,
+    activation, norms or kinds of layers differ. A resume never allows `another_function`."""

@@ -14,7 +14,7 @@ from recipes.schema.fields import Count, ExpertCount, NonNegativeFloat, Positive
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The experts of each `E` layer, and how its router chooses and balances them."""
+    """Experts of each `E` layer: their sizes, router and balancing."""
 
     count: ExpertCount = 8
     """Routed experts of a layer. Must be divisible by `parallel.expert`."""
@@ -23,30 +23,31 @@ class ExpertsConfig:
     ffn: PositiveInt = 512
     """Inner width of one routed expert (per branch if `model.activation` is gated)."""
     shared_ffn: Count = 0
-    """Inner width of the shared expert, which processes every token; 0: none (Nemotron 3 Nano: 2 x `ffn`)."""
+    """Inner width of the shared expert, which processes every token (Nemotron 3 Nano: 2 x `ffn`); 0: no shared expert."""
     latent: Count = 0
-    """Width of the routed experts' inputs and outputs: one projection before all of them and one after; 0: `model.hidden`, no
-    projections (Nemotron 3 Super: 1,024)."""
+    """Width of the routed experts' inputs and outputs, with one projection before all of them and one after (Nemotron 3 Super:
+    1,024); 0: `model.hidden`, without projections."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
-    """How logits of the router become weights. `sigmoid`: of each expert by itself, then divided by the sum of those chosen.
-    `softmax`: over the chosen ones; with `top_k=1` over all. Computed in fp32 in every recipe."""
+    """Function from router logits to weights, always in fp32. `sigmoid`: of each logit, then divided by the sum over the chosen
+    experts. `softmax`: over the chosen experts; with `top_k=1` over all."""
     groups: PositiveInt = 1
-    """Groups of experts for group-limited routing (arXiv 2412.19437); 1: none. Must divide `count`."""
+    """Groups of experts for group-limited routing (arXiv 2412.19437); must divide `count`. 1: no groups."""
     top_groups: PositiveInt = 1
-    """Groups from which a token's experts are chosen: those with the largest sum of their best `top_k` / `top_groups` scores."""
+    """Number of groups that a token's experts come from: those with the largest sum of their best `top_k` / `top_groups`
+    scores."""
     scaling: PositiveFloat = 1.0
     """Factor on the weights of the chosen experts (Nemotron 3 Nano: 2.5)."""
     bias_rate: NonNegativeFloat = 1e-3
-    """Balancing without a loss (arXiv 2408.15664): after each step, the bias with which an expert is chosen rises by this if
-    the expert had fewer tokens than the mean, and falls if it had more; 0: no bias. Only for `score=sigmoid`."""
+    """Balancing without a loss (arXiv 2408.15664): after each step, an expert's selection bias rises by this if the expert had
+    fewer tokens than the mean, and falls by this if it had more. 0: no bias. Only for `score=sigmoid`."""
     aux_loss: Literal["none", "microbatch", "row"] = "none"
-    """Auxiliary loss for balance (arXiv 2101.03961, equation 4), over the tokens of a microbatch or of each row. It only adds to
-    the gradient: the reported loss does not contain it."""
+    """Auxiliary balancing loss (arXiv 2101.03961, equation 4), over the tokens of a microbatch or of each row. It adds to the
+    gradient, not to the reported loss."""
     aux_coefficient: PositiveFloat = 1e-4
     """Factor of `aux_loss`."""
     capacity: PositiveFloat | None = None
-    """Most tokens of a microbatch that an expert takes, as a multiple of the mean; those with the smallest weights are dropped.
-    Only in training: evaluation and generation drop none. null: every token gets all its experts."""
+    """Maximum tokens of a microbatch per expert, as a multiple of the mean. In training the tokens with the smallest weights are
+    dropped; evaluation and generation drop none. null: no limit."""
 
 
 def experts_problems(experts: ExpertsConfig) -> list[Problem]:

@@ -22,40 +22,40 @@ class SlurmConfig:
     time_limit_minutes: PositiveInt = 240
     """Time limit of one job. A run takes as many jobs as it needs."""
     save_before_end_s: PositiveInt = 300
-    """This long before the time limit (Slurm: up to 60 s earlier), the processes get SIGUSR1, save and stop. It must be long
-    enough for the longest step and a save."""
+    """Seconds before the time limit (Slurm: up to 60 s earlier) at which the processes get SIGUSR1, save and stop. At least the
+    longest step and a save."""
     continuation: Literal["requeue", "chain", "none"] = "requeue"
-    """How a run continues after its job ends, until its last step. `requeue`: the same job goes back into the queue. `chain`: the
-    next job always waits behind the running one, which also survives the loss of the first node on clusters that do not requeue.
+    """How an unfinished run continues after its job ends. `requeue`: the same job goes back into the queue. `chain`: the next job
+    already waits for the running one, so the run also survives the loss of the first node on clusters that do not requeue.
     `none`: it stops."""
     cpus_per_process: Count = 0
     """CPUs of each process, for its threads; 0: the cluster decides."""
     memory_gib: Count = 0
     """Memory of each node; 0: the cluster decides."""
     options: str = ""
-    """More sbatch options, as on its command line: `--exclusive --constraint=ib`."""
+    """Additional sbatch options, as on its command line: `--exclusive --constraint=ib`."""
     setup: str = ""
     """Shell lines run on the first node before the processes start, without `set -u`: `module load cuda`."""
 
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """Container of the processes of a Slurm job. The current folder is mounted at its own path, and so are folders of the run and
-    its data outside of it."""
+    """Container of the processes of a Slurm job. The current folder is mounted at its own path, as are folders of the run and
+    its data outside it."""
 
     kind: Literal["none", "pyxis", "apptainer"] = "none"
     """`pyxis`: srun starts the processes in an enroot image. `apptainer`: `apptainer exec` starts them. `none`: no container."""
     image: str = ""
     """Image: a `.sqsh` file or `registry#name:tag` for pyxis, a `.sif` file or `docker://name:tag` for apptainer."""
     mounts: str = ""
-    """More folders, separated by commas: `HOST:INSIDE,...`."""
+    """Additional folders, separated by commas: `HOST:INSIDE,...`."""
     python: str = "python"
     """Python inside the image."""
 
 
 @dataclass(frozen=True)
 class KubernetesConfig:
-    """What `stratum launch kubernetes` requests from a cluster. launch.nodes are pods, each with launch.gpus_per_node GPUs."""
+    """What `stratum launch kubernetes` requests from a cluster: `launch.nodes` pods with `launch.gpus_per_node` GPUs each."""
 
     image: str = ""
     """Image with this project installed, as `registry/name:tag`."""
@@ -64,18 +64,18 @@ class KubernetesConfig:
     namespace: str | None = None
     """Namespace of the run; null: that of the current kubectl context."""
     volume_claim: str | None = None
-    """Claim of the volume for runs and data, which must exist. With several nodes it must be ReadWriteMany. null: an empty volume
-    that is lost with the pod, which needs `run.storage`."""
+    """Existing claim of the volume for runs and data; ReadWriteMany if there are several nodes. null: an empty volume that is
+    lost with the pod; needs `run.storage`."""
     folder: str = "/work"
     """Where the volume is mounted, and the working directory: relative folders of the recipe are below it."""
     secrets: str = ""
-    """Names of Secrets whose keys become environment variables: `aws-keys wandb`. The manifest has their names only."""
+    """Names of Secrets whose keys become environment variables: `aws-keys wandb`. The manifest contains only these names."""
     service_account: str | None = None
     """Service account of the pods, such as one with a role for the bucket; null: the namespace's default."""
     node_selector: str = ""
     """Labels that nodes must have: `NAME=VALUE ...`."""
     tolerations: str = ""
-    """Taints that are tolerated: `NAME[=VALUE]:EFFECT ...`, as in `nvidia.com/gpu:NoSchedule`."""
+    """Tolerated taints: `NAME[=VALUE]:EFFECT ...`, such as `nvidia.com/gpu:NoSchedule`."""
     gpu_resource: str = "nvidia.com/gpu"
     """Name of the GPU resource."""
     cpus: Count = 0
@@ -83,46 +83,46 @@ class KubernetesConfig:
     memory_gib: Count = 0
     """Memory of each pod; 0: no request."""
     shared_memory_gib: PositiveInt = 16
-    """Limit of /dev/shm, which NCCL uses between the processes of a pod. It counts as memory of the pod."""
+    """Size limit of /dev/shm, which NCCL uses between the processes of a pod. It counts as memory of the pod."""
     queue: str | None = None
     """Kueue's local queue; null: start at once."""
     priority_class: str | None = None
     """Priority class of the pods."""
     topology: str | None = None
-    """Label of nodes, such as a rack's, of which the run gets one value for itself (JobSet's exclusive placement); null: any."""
+    """Node label, such as that of a rack; the run gets one value of it for itself (JobSet's exclusive placement). null: any."""
     pod: str | None = None
     """YAML file whose fields are added to the pod's spec: affinity, hostNetwork, a scheduler."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How processes are started, find each other, and are started again."""
+    """How processes are started, connected and restarted."""
 
     nodes: PositiveInt = 1
     """Machines (`stratum launch slurm`, `stratum launch kubernetes`)."""
     processes: PositiveInt | None = None
-    """Processes on each machine; null: one per GPU, or without GPUs as many as tensor x pipeline x context."""
+    """Processes on each machine; null: one per GPU, or tensor x pipeline x context without GPUs."""
     gpus_per_node: Count = 0
     """GPUs requested on each node (Slurm and Kubernetes); 0: none."""
     timeout_s: PositiveFloat = 600.0
-    """A collective operation that takes longer fails and names the ranks that did not arrive, instead of hanging for ever."""
+    """Time limit of a collective operation. After it the operation fails and names the ranks that did not arrive."""
     restarts: Count = 3
-    """Restarts after successive failures without a new checkpoint; then the run gives up. After a mistake in the recipe or the
-    data there is no restart."""
+    """Maximum restarts in a row without a new checkpoint; then the run ends. Mistakes in the recipe or the data cause no
+    restart."""
     backoff_s: PositiveFloat = 10.0
-    """Wait before the first restart without a new checkpoint (`stratum launch local`). Each successive wait is twice as long, at
-    most 5 minutes. After a new checkpoint there is no wait."""
+    """Wait before the first restart without a new checkpoint (`stratum launch local`). Each further wait is twice as long, at
+    most 5 minutes. No wait after a new checkpoint."""
     least_processes: PositiveInt | None = None
-    """`stratum launch local`: if one rank fails first twice in a row without progress, and no spare GPU is left, continue with
-    fewer data-parallel replicas at the same global batch, with at least this many processes; null: never. Needs a checkpoint,
-    because another layout cannot use copies in memory."""
+    """`stratum launch local`: if one rank fails first twice in a row without progress and no spare GPU is left, continue with
+    fewer data-parallel replicas at the same global batch, and at least this many processes. Needs a checkpoint, because another
+    layout cannot use copies in memory. null: never."""
     grace_s: PositiveFloat = 600.0
-    """Time after a signal to finish the step and save, before processes are killed: at least the longest step and a save."""
+    """Time after a signal for the step and a save before processes are killed: at least the longest step and a save."""
     environment: str = ""
-    """More environment variables for the processes: `NCCL_DEBUG=INFO NCCL_IB_HCA=mlx5`."""
+    """Additional environment variables for the processes: `NCCL_DEBUG=INFO NCCL_IB_HCA=mlx5`."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     """Slurm jobs."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
     """Containers of Slurm jobs."""
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
-    """Pods of Kubernetes."""
+    """Kubernetes pods."""

@@ -13,12 +13,12 @@ class MemoryCopiesConfig:
     """Copies of the training state in the memory of nodes, for a start without reading storage (docs/resilience.md)."""
 
     every_steps: Count = 0
-    """Copy the state of every rank into memory at every multiple of this step, while training continues; 0: no copies, because
-    they need memory on the host: two copies of a rank's state, and two of its peer's."""
+    """Copy the state of every rank into memory at every multiple of this step, while training continues. 0, the default: no
+    copies, because they need host memory: two copies of a rank's state, and two of its peer's."""
     peer_nodes: Count = 1
-    """Send a second copy to the node this many nodes further on, so that a run survives the loss of a node: 1, or the number of
-    nodes that share a switch or a power supply. 0: keep copies on the own node only, which survive a killed process. Has no
-    effect on one node."""
+    """Send a second copy to the node this many nodes further on, so that a run survives the loss of a node. Use 1, or the number
+    of nodes that share a switch or a power supply. 0: no second copy; a run then survives a killed process only. No effect on
+    one node."""
     folder: str = "/dev/shm"
-    """Folder of the copies on every node, in memory (tmpfs). Only this user can read them. Removed when the run ends without an
-    error."""
+    """Folder of the copies on every node, in memory (tmpfs). Only this user can read them. They are removed when the run ends
+    without an error."""

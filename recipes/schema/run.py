@@ -17,46 +17,46 @@ class RunConfig:
     """Name and length of a run, and the size of a step."""
 
     name: str
-    """Name of the run, whose files are in `folder`/`name`. Letters, digits, blanks and signs; `/` makes nested folders."""
+    """Name of the run; its files are in `folder`/`name`. Letters, digits, blanks and signs; `/` makes nested folders."""
     steps: PositiveInt
-    """Total number of optimizer steps (a resumed run counts its earlier steps)."""
+    """Total number of optimizer steps, including those before a resume."""
     folder: str = "runs"
     """Folder of all runs."""
     storage: str | None = None
     """Address of object storage for all runs: `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`. Each new checkpoint is copied to
-    `storage`/`name` in the background, with metrics.jsonl and recipe.yaml. A run on an empty machine starts from the newest
-    checkpoint there (docs/storage.md). Needs the extra `storage`. null: the folder only."""
+    `storage`/`name` in the background, with metrics.jsonl and recipe.yaml; a run on an empty machine starts from the newest one
+    (docs/storage.md). Needs the extra `storage`. null: the folder only."""
     seed: Seed = 1234
     """Seed of the initial weights. The data order has its own seed, `data.seed`."""
     global_rows: PositiveInt = 8
-    """Rows in one optimizer step, over all ranks. It does not depend on the layout, so training does not either."""
+    """Rows in one optimizer step over all ranks, at any layout."""
     microbatch_rows: PositiveInt = 8
-    """Rows that one rank processes at once; `global_rows` = microbatch_rows x data-parallel size x accumulation."""
+    """Rows that one rank processes at once; `global_rows` = `microbatch_rows` x data-parallel size x accumulation."""
     deterministic: bool = True
-    """Use deterministic algorithms, so that a resumed run repeats the same bits. On a GPU this costs some speed."""
+    """Use deterministic algorithms, so that a resumed run repeats the same bits. Slower on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU if there is one."""
+    """`auto`: a GPU if available, otherwise the CPU."""
     threads: Count = 0
-    """CPU threads of a process; 0: the environment variable OMP_NUM_THREADS, or without it the machine's cores divided among the
-    processes on it. (Under torchrun, which sets OMP_NUM_THREADS=1 by itself, 1 counts as not set.)"""
+    """CPU threads per process; 0: the environment variable OMP_NUM_THREADS, or if it is not set the machine's cores divided among
+    its processes. (Under torchrun, which sets OMP_NUM_THREADS=1 by itself, 1 counts as not set.)"""
     stop_after_steps: PositiveInt | None = None
-    """Stop, with a checkpoint, after this many steps of this process; null: train to `steps`. For machines with time slices."""
+    """Save and stop after this many steps of this process, for machines with time slices; null: train to `steps`."""
     start_from: str | None = None
     """Checkpoint folder, or run folder (its newest checkpoint), whose weights a new run starts with. Optimizer, step and data
-    start from zero. Used to train a pruned model further. Ignored once the run has a checkpoint of its own."""
+    start from zero. Ignored once the run has a checkpoint of its own."""
     profile: str | None = None
-    """Steps to profile, such as `100-103`: each of `profile_ranks` writes a trace for https://ui.perfetto.dev into the run's
-    folder, with ranges for layers and phases, and a table of the operations that took longest. Those steps are slower."""
+    """Steps to profile, such as `100-103`. Each of `profile_ranks` writes a trace for https://ui.perfetto.dev into the run's
+    folder, with ranges for layers and phases, and a table of the slowest operations. These steps take longer."""
     profile_ranks: tuple[Count, ...] = (0,)
     """Ranks that write a trace; empty: all."""
     profile_memory: bool = False
-    """Record allocations in the trace too; on a GPU also write a snapshot of its memory for https://pytorch.org/memory_viz."""
+    """Also record allocations in the trace; on a GPU also write a memory snapshot for https://pytorch.org/memory_viz."""
     garbage_every_steps: Count = 50
-    """Steps between collections of Python's cyclic garbage. In between, none interrupts a step: with many ranks each pause delays
-    all others. 0: leave it to Python."""
+    """Steps between runs of Python's cyclic garbage collector. It does not run in between, because a pause of one rank delays
+    all ranks. 0: Python decides."""
     memory_copies: MemoryCopiesConfig = field(default_factory=MemoryCopiesConfig)
-    """Copies of the training state in memory, for a fast return after a failure."""
+    """Copies of the training state in memory, for fast recovery after a failure."""
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
-    """What happens when a loss or gradient is not finite, or an outlier."""
+    """What happens if a loss or gradient is not finite or is an outlier."""
     integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     """Detection of silent data corruption."""

@@ -14,20 +14,20 @@ class TelemetryConfig:
     """What is shown and recorded."""
 
     log_every_steps: PositiveInt = 10
-    """Steps between reductions of the metrics over ranks; every step of the interval is still recorded."""
+    """Steps between reductions of the metrics over ranks. Every step of the interval is recorded."""
     progress: bool = True
-    """Live progress bar (a plain line per interval if the output is not a terminal)."""
+    """Show a live progress bar (one line per interval if the output is not a terminal)."""
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases. `offline` needs no network (`wandb sync` uploads it later). No failure of a tracker stops a run."""
+    """Weights & Biases. `offline` needs no network; `wandb sync` uploads later. A tracker's failure never stops a run."""
     wandb_project: str = "stratum"
     """Project name at Weights & Biases."""
     mlflow: str | None = None
-    """MLflow: `sqlite:///mlflow.db`, or the address of a tracking server. None: off. Needs the extra `mlflow`."""
+    """MLflow: `sqlite:///mlflow.db`, or the address of a tracking server. Needs the extra `mlflow`. null: off."""
     mlflow_experiment: str = "stratum"
     """Experiment name at MLflow."""
     trackio: bool = False
-    """Trackio: a file on this machine, or what its own settings name. Needs the extra `trackio`."""
+    """Trackio: a file on this machine, or the place that Trackio's own settings name. Needs the extra `trackio`."""
     trackio_project: str = "stratum"
     """Project name at Trackio."""
