@@ -12,7 +12,7 @@ from train.completion import main, suggestions
 ROOT = Path(__file__).resolve().parents[2]
 _LINES = {
     "stratum la": {"launch"},
-    "stratum launch ": {"local", "slurm"},
+    "stratum launch ": {"kubernetes", "local", "node", "slurm"},
     "stratum train -cn smo": {"smoke"},
     "stratum train -cn smoke optim.lr": {"optim.lr="},
     "stratum train -cn smoke precision=fp8_b": {"fp8_blockwise"},
