@@ -122,7 +122,7 @@ class Bucket:
             self._store: Any = obstore.store.from_url(self.address, **settings)
 
     def read(self, name: str) -> tuple[bytes, Version]:
-        """A small object and its version. MissingError if there is none."""
+        """A small object and its version. MissingError if it does not exist."""
         with self._errors(name):
             result = self._obstore.get(self._store, name)
             meta = result.meta
@@ -194,7 +194,7 @@ class Bucket:
             disk.sync_file(handle)
 
     def objects(self, prefix: str = "") -> list[StoredObject]:
-        """All objects below a folder, by name. [] if there are none."""
+        """All objects below a folder, by name; [] for an empty folder."""
         with self._errors(prefix):
             found = [entry for entries in self._obstore.list(self._store, prefix or None) for entry in entries]
         objects = [StoredObject(e["path"], e["size"], e["last_modified"].timestamp()) for e in found]

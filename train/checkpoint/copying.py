@@ -346,7 +346,7 @@ def _publish(aside: Path, folder: Path, *, step: int) -> Path:
 
 
 def _fetch_metrics(bucket: Bucket, run: Path, *, step: int) -> None:
-    """Replace metrics.jsonl by the storage's, which goes on to the fetched step. Lines that only this disk has are kept aside."""
+    """Replace metrics.jsonl by the storage's, which ends at the fetched step. Lines of this disk only go to another file."""
     path, fetched = run / METRICS, run / f".{METRICS}.fetched"
     fetched.unlink(missing_ok=True)
     if not run_copy.fetch_record(bucket, METRICS, fetched):

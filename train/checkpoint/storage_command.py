@@ -122,7 +122,7 @@ def _refuse_other_records(bucket: Bucket, out: Path) -> None:
 
 
 def find(address: str) -> tuple[Bucket, StoredStep, Manifest]:
-    """The step that an address names: a step's folder, or the newest of a run. CheckpointError if there is none."""
+    """The step that an address names: a step's folder, or the newest of a run. CheckpointError without one."""
     if match := _STEP.fullmatch(address):
         bucket, step, owner = Bucket(match[1]), int(match[2]), int(match[3])
         for stored in run_copy.steps_in(bucket):

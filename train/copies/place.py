@@ -44,7 +44,7 @@ class Place:
 
 
 def token_of(run: Path) -> str:
-    """The run's token, from its folder; a new one is written if there is none. For rank 0. Raises OSError."""
+    """The run's token, from its folder; a new one is written the first time. For rank 0. Raises OSError."""
     known = _token_in(run)
     if known is not None:
         return known

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 
 
 def library_for(name: str, *widths: int) -> ctypes.CDLL | None:
-    """The compiled `name`.c with the most lanes that divide all of these widths; None if there is none."""
+    """The compiled `name`.c with the most lanes that divide all of these widths; None if no count of lanes does."""
     wide = library(name)
     if wide is None or not any(width % wide.stratum_lanes() for width in widths):
         return wide

@@ -478,7 +478,7 @@ def test_sigterm_lets_open_requests_end(folder: Path) -> None:
 @pytest.mark.parametrize("words", [["--drain-s", "1"], []], ids=["after drain-s", "after a second Ctrl-C"])
 def test_ctrl_c_ends_open_requests_with_an_error_and_prints_nothing(folder: Path, words: list[str]) -> None:
     server = Server(folder, "--context-tokens", "20000", "--chat-template", "plain", *words)
-    # With logprobs each token is a line; without them a token without text, as the end of a document, is none.
+    # With logprobs each token is a line. Without them, tokens without text (the end of a document) give no line.
     call = {"model": "parent", "messages": [{"role": "user", "content": "a"}], "max_tokens": 19000, "ignore_eos": True}
     streamed = {**call, "stream": True, "logprobs": True}
     path = f"{server.url}/v1/chat/completions"

@@ -20,7 +20,7 @@ def last_number_equals(sample: Sample) -> float:
 
 
 def target_number(sample: Sample) -> float:
-    """The number in the target. DataError if there is none."""
+    """The number in the target. DataError without a number."""
     target = sample.fact("target", (str, int, float))
     wanted = last_number(str(target))
     if wanted is None:

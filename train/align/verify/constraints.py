@@ -278,7 +278,7 @@ def holds(plain: Any, answer: str) -> bool:
 
 
 def listed_constraints(sample: Sample) -> list[Any]:
-    """The constraints of a record. DataError if there are none, or if `all` is not true or false."""
+    """The constraints of a record. DataError without any, or if `all` is not true or false."""
     listed: list[Any] = sample.fact("constraints", list)
     if not listed:
         raise DataError("the record has no constraints")
