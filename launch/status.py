@@ -18,7 +18,7 @@ from launch.local.failures import failure_message, log_of, read_failures
 from launch.queue import QueuedJob, SlurmError, look_up
 from launch.runs import RunFolder, by_age, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
-from launch.slurm.command import job_numbers
+from launch.slurm.jobs import job_numbers
 from launch.time_spent import goodput, time_spent, totals
 from launch.user_errors import exit_status
 from recipes.schema import units
