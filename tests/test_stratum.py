@@ -191,6 +191,31 @@ def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: P
     assert found["run"]["folder"] == str(moved.parent)
 
 
+def test_a_recipe_with_windows_line_ends_is_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path)
+    words = ("train", "-cn", "little", "--config-dir", "recipes", "--cfg", "job")
+    status, text = run(*words)
+    for path in (tmp_path / "recipes").rglob("*.yaml"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert status == 0 and run(*words) == (status, text)
+
+
+def test_no_color_turns_colours_off_and_a_pipe_has_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """https://no-color.org: colours are off; bold text may stay."""
+    colour, words = (
+        re.compile("\x1b\\[[0-9;]*(3|4|9|10)[0-7]"),
+        ("plan", "-cn", "smoke", "data.folder=none", "--gpus", "1"),
+    )
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert "\x1b" not in run(*words)[1]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert colour.search(run(*words)[1])
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colour.search(run(*words)[1])
+
+
 def test_a_model_in_hugging_faces_format_names_the_import(folder: Path) -> None:
     (folder / "their model").mkdir()
     (folder / "their model" / "config.json").write_text("{}")
