@@ -5,8 +5,8 @@ run of the same id is opened with resume="allow". So no point is sent twice: onl
 files in the run's folder do. A killed process loses the end of its file (and online what it has not uploaded); it is sent again
 from metrics.jsonl.
 
-A run may change from one mode to the other. Online, steps in offline files count as sent, because `wandb sync` uploads them and the
-server would append them again. Offline, steps in the files that W&B keeps of online runs count as well.
+A run may change from one mode to the other. Online, steps in offline files count as sent, because `wandb sync` uploads them and
+the server would append them again. Offline, steps in the files that W&B keeps of online runs count as well.
 """
 
 import os
