@@ -68,6 +68,7 @@ def place_in(folder: Path) -> Place:
             "run.start_from": [None, None, str(of_base), *checkpoints[1:]],
             "run.steps": [8, 40],
             "model.pattern": _PATTERNS,
+            "model.mtp.pattern": ["*-", "M", "*E", "X", "", "*|-"],
             "model.vocab": [VOCAB + 4, VOCAB, 256, 512],
             "data.folder": [str(folder / "data"), str(folder / "data"), str(folder / "empty")],
             "data.sources": [

@@ -49,4 +49,4 @@ def dense_problems(model: ModelConfig, *, place: str, what: str, key: str) -> li
 
 def has_experts(model: ModelConfig) -> bool:
     """Whether a model has an `E` layer."""
-    return "E" in model.pattern
+    return "E" in model.pattern or (model.mtp.depths > 0 and "E" in model.mtp.pattern)

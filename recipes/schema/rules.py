@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from recipes.schema.changes import check_folder, differences, refused, replaces_head
+from recipes.schema.changes import check_folder, differences, mtp_change, refused, replaces_head
 from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
@@ -27,10 +27,16 @@ from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
-from recipes.schema.objective_rules import data_fit_problems, dpo_problems, reward_problems, unused
+from recipes.schema.objective_rules import (
+    data_fit_problems,
+    dpo_problems,
+    mtp_objective_problems,
+    reward_problems,
+    unused,
+)
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
+from recipes.schema.pattern import layer_kinds, mtp_problems, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
@@ -67,6 +73,7 @@ def problems(
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
+        *mtp_objective_problems(recipe),
         *spike_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
@@ -96,7 +103,7 @@ def problems(
             reads_files=here and disk is not None,
         ),
     ]
-    if not pattern_problems(recipe.model.pattern):
+    if not pattern_problems(recipe.model.pattern) and not mtp_problems(recipe.model):
         found += precision_problems(recipe, machine)
     if disk is not None:
         found += disk_problems(recipe, disk, prepared=prepared, here=here, world=world)
@@ -375,6 +382,8 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
         model = start.recipe.model
         if replaces_head(start.manifest.recipe, recipe):
             model = dataclasses.replace(model, head="scalar")
+        if mtp_change(start.manifest.recipe, recipe) != "none":
+            model = dataclasses.replace(model, mtp=recipe.model.mtp)
         ours, theirs = weights_of(recipe.model), weights_of(model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]

@@ -70,6 +70,31 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         MIXED | {"model.experts.groups": 4, "model.experts.top_groups": 3},
         "model.experts.top_k=2 from model.experts.top_groups=3 groups of 2 experts: a group is scored by its best",
     ),
+    "further depths in Megatron's spelling": (
+        {"model.pattern": "M-|M*/*-/*-"},
+        "model.pattern=M-|M*/*-/*- names the depths of multi-token prediction, as Megatron writes them. Use model.pattern=M-|M* "
+        "model.mtp.pattern=*- model.mtp.depths=2.",
+    ),
+    "a pipeline cut inside a further depth": (
+        {"model.mtp.depths": 1, "model.mtp.pattern": "*|-"},
+        "model.mtp.pattern=*|- has a `|`, but all depths are on the last pipeline stage. Use model.mtp.pattern=*-.",
+    ),
+    "layers of a further depth that do not exist": (
+        {"model.mtp.depths": 1, "model.mtp.pattern": "*X"},
+        "model.mtp.pattern=*X: character 2 is 'X'.",
+    ),
+    "further depths without tokens to predict": (
+        {"model.mtp.depths": 1, "model.head": "scalar"},
+        "model.mtp.depths=1 predicts tokens, but model.head=scalar predicts none.",
+    ),
+    "further depths beyond the rows": (
+        {"model.mtp.depths": 16, "data.row_tokens": 17},
+        "model.mtp.depths=16 predicts tokens beyond the rows of data.row_tokens=17. Use at most 15.",
+    ),
+    "further depths and another objective": (
+        {"model.mtp.depths": 1, "objective.kind": "distill"},
+        "model.mtp.depths=1 is trained by objective.kind=next_token only, not by distill.",
+    ),
     "experts and another objective": (
         MIXED | {"objective.kind": "distill"},
         "objective.kind=distill does not support `E` layers (model.pattern=ME*E).",

@@ -122,7 +122,8 @@ class _TransformerEnginePrecision:
     def __init__(self, chunks: list[Any], precision: PrecisionConfig, *, shards: int) -> None:
         """shards: data-parallel times context ranks; gradient scales are stored for one (`train.precision.emulated`)."""
         parts = [part for chunk in chunks for part in chunk.modules()]
-        stacks = [part for part in parts if hasattr(part, "layer_type_list")]
+        # Further depths (`train.model.mtp`) are always in high precision.
+        stacks = [part for part in parts if hasattr(part, "layer_type_list") and not part.is_mtp_layer]
         self.delayed = [part for part in parts if hasattr(part, "low_precision_scale")]
         self.shards = shards
         self.configs = [stack.config for stack in stacks]

@@ -172,6 +172,20 @@ def _gemms(
         yield Gemm(own, model.hidden, experts.latent, False)
 
 
+def projection_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
+    """Work of a further depth before its layers (`model.mtp`): norms of embedding and hidden state, projection, and the gather of
+    its result over the tensor ranks."""
+    width = 2.0 * tokens * model.hidden
+    return LayerWork(
+        gemms=(Gemm(tokens, model.hidden // tensor, 2 * model.hidden, is_low=False),),
+        forward_bytes=8 * width,  # embedding written, two norms, concatenation
+        backward_bytes=10 * width,
+        tensor_bytes=width,
+        tensor_collectives=(3, 3) if tensor > 1 else (0, 0),
+        weights=2 * model.hidden * model.hidden // tensor,
+    )
+
+
 def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
     """Work of final norm, output projection and cross-entropy. Logits have 2 bytes; the loss is computed in fp32.
 

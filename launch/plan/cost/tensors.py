@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.pattern import LayerKind, mtp_kinds, mtp_projection_weights
 from recipes.schema.scaling import linear_shapes
 
 PARAMETER_START = 64
@@ -48,8 +48,11 @@ def stage_tensors(
 ) -> list[Tensor]:
     """Parameters of one model chunk on one tensor rank, in order. low_layers: indexes in `pattern` with low precision."""
     table = model.vocab // tensor * model.hidden
+    has_depths = is_last and model.mtp.depths > 0
     shared = not model.has_own_head and stages > 1
-    found = [Tensor(table, is_shared=shared)] if is_first else []
+    # Further depths need the embedding too: the last stage has a copy.
+    is_copied = shared or (model.mtp.depths > 0 and stages > 1)
+    found = [Tensor(table, is_shared=is_copied)] if is_first or has_depths else []
     for index, kind in enumerate(pattern):
         found += layer_tensors(
             model,
@@ -61,11 +64,23 @@ def stage_tensors(
         )
     if is_last:
         found.append(Tensor(model.hidden))
+        found += depth_tensors(model, tensor=tensor, expert=expert, expert_tensor=expert_tensor) * model.mtp.sets
         if model.head == "scalar":
             found.append(Tensor(model.hidden))  # the same on every tensor rank
-        elif model.has_own_head or not is_first:
+        elif model.has_own_head or not (is_first or has_depths):
             found.append(Tensor(table, is_shared=shared))
     return found
+
+
+def depth_tensors(model: ModelConfig, *, tensor: int, expert: int = 1, expert_tensor: int = 1) -> list[Tensor]:
+    """Parameters of one further depth (`model.mtp`) on one rank; its layers are in high precision."""
+    norm = Tensor(model.hidden)
+    layers = [
+        one
+        for kind in mtp_kinds(model)
+        for one in layer_tensors(model, kind, tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+    ]
+    return [norm, norm, Tensor(mtp_projection_weights(model) // tensor), *layers, norm]
 
 
 @lru_cache(maxsize=256)

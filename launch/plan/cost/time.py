@@ -16,10 +16,10 @@ from typing import Literal
 
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import MEGATRON, Efficiency, Software
-from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work
+from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work, projection_work
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.pattern import LayerKind, mtp_kinds
 
 
 class Parts(defaultdict[str, float]):
@@ -159,10 +159,24 @@ def _rank_microbatch(setting: Setting, stage: int) -> Parts:
         parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low)), times=count)
     if stage == layout.pipeline - 1:
         parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
+        for work_kind, work in _depth_work(setting):
+            parts.add(_layer(setting, work_kind, work), times=setting.model.mtp.depths)
         parts["teacher"] += setting.teacher_s
     if setting.software.shards != "optimizer":
         parts.add(_gather_parameters(setting, sum(_rank_weights(setting, stage)), sum(parts.values())))
     return parts
+
+
+def _depth_work(setting: Setting) -> list[tuple[str, LayerWork]]:
+    """Work of one further depth (`model.mtp`): its projection, layers in high precision, and a pass of the head."""
+    model, tensor = setting.model, setting.layout.tensor
+    if not mtp_kinds(model):
+        return []
+    return [
+        ("head", projection_work(model, tokens=setting.tokens, tensor=tensor)),
+        *((kind, _work(setting, kind, is_low=False)) for kind in mtp_kinds(model)),
+        ("head", head_work(model, tokens=setting.tokens, tensor=tensor)),
+    ]
 
 
 def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
@@ -300,9 +314,15 @@ def _rank_weights(setting: Setting, stage: int) -> tuple[float, float]:
             )
             total += count * work.weights
             of_experts += count * work.expert_weights
+    if stage == layout.pipeline - 1:
+        for _, work in _depth_work(setting)[:-1]:
+            total += model.mtp.sets * work.weights
+            of_experts += model.mtp.sets * work.expert_weights
     table = model.vocab * model.hidden / layout.tensor
     head = model.hidden if model.head == "scalar" else table
     first, last = stage == 0, stage == layout.pipeline - 1
+    if model.mtp.depths:  # the last stage has the embedding too
+        first = first or last
     return total + table * first + head * (last and (model.has_own_head or not first)), of_experts
 
 
