@@ -35,7 +35,7 @@ def mtp_objective_problems(recipe: Recipe) -> list[Problem]:
         return []
     text = f"model.mtp.depths={depths} is trained by objective.kind=next_token only, not by {kind}."
     remedy = (
-        "Use model.mtp.depths=0: a run that starts from a model with further depths (run.start_from) leaves them out."
+        "Use model.mtp.depths=0. A run that starts from a model with further depths (run.start_from) leaves them out."
     )
     return [Problem("model.mtp.depths", text, remedy)]
 

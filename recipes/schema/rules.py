@@ -42,7 +42,15 @@ from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.resilience_rules import spike_problems
-from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
+from recipes.schema.scaling import (
+    block_notes,
+    low_precision_linears,
+    rotation_problems,
+    rule_notes,
+    rule_problems,
+    scalings_used,
+    shape_problems,
+)
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.storage_rules import storage_notes, storage_problems
 from recipes.schema.tasks import task_problems
@@ -72,8 +80,8 @@ def problems(
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
-        *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *mtp_objective_problems(recipe),
+        *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
@@ -149,6 +157,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
         shapes = "; ".join(str(problem) for problem in _shapes(recipe))
         if shapes:
             found.append(Problem("precision.scaling", f"a GPU would refuse this recipe: {shapes}"))
+    found += rule_notes(recipe.model, precision)
     found += block_notes(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     if prepared is not None:
         if 0 < prepared.vocab_size < recipe.model.real_vocab:
@@ -241,10 +250,12 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         layers = len(layer_kinds(recipe.model.pattern))
         text = (
             f"precision.scaling={'/'.join(used)}, but high_precision_first={precision.high_precision_first} and "
-            f"high_precision_last={precision.high_precision_last} keep all {layers} layers in high precision."
+            f"high_precision_last={precision.high_precision_last}{' and rules' * bool(precision.rules)} keep all {layers} "
+            f"layers in high precision."
         )
         remedy = f"Lower them so that their sum is less than {layers}, or use precision.scaling=none."
         found.append(Problem("precision.high_precision_first", text, remedy))
+    found += rule_problems(recipe.model, precision)
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
     found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     found += expert_precision_problems(recipe.model, precision, backend=backend)

@@ -132,7 +132,7 @@ def _state(
             is_first=chunk == 0,
             is_last=chunk == len(chunks) - 1,
             stages=layout.pipeline,
-            low_layers=frozenset(layer - start for layer in low if start <= layer < start + len(chunks[chunk])),
+            low={layer - start: names for layer, names in low.items() if start <= layer < start + len(chunks[chunk])},
         )
         bucket = bucket_size(
             data=layout.data,

@@ -56,6 +56,8 @@ class Setting:
     scaling: str = "none"
     high_precision_layers: frozenset[int] = frozenset()
     """Indexes of layers without low-precision products."""
+    rules: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """{layer: {linear: its scaling}}, where it is not `scaling` (`precision.rules`)."""
     split_sequence: bool = False
     recompute: float = 0.0
     """Share of the layers' forward pass that is recomputed: 0 none, 1 full."""
@@ -131,7 +133,7 @@ def forward_seconds(setting: Setting) -> float:
     return total + sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in head.gemms)
 
 
-def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
+def _work(setting: Setting, kind: LayerKind, *, is_low: bool, scalings: Mapping[str, str] | None = None) -> LayerWork:
     return layer_work(
         kind,
         setting.model,
@@ -142,6 +144,7 @@ def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
         expert_tensor=setting.layout.expert_tensor,
         split_sequence=setting.split_sequence,
         is_low=is_low,
+        scalings=scalings,
     )
 
 
@@ -150,13 +153,13 @@ def _rank_microbatch(setting: Setting, stage: int) -> Parts:
     layout = setting.layout
     parts = Parts()
     starts = [sum(len(s) for s in setting.stages[:i]) for i in range(len(setting.stages))]
-    kinds: Counter[tuple[LayerKind, bool]] = Counter()
+    kinds: Counter[tuple[LayerKind, bool, tuple[tuple[str, str], ...]]] = Counter()
     for chunk in range(stage, len(setting.stages), layout.pipeline):
         for offset, kind in enumerate(setting.stages[chunk]):
             is_low = setting.low is not None and starts[chunk] + offset not in setting.high_precision_layers
-            kinds[kind, is_low] += 1  # type: ignore[index]
-    for (kind, is_low), count in kinds.items():
-        parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low)), times=count)
+            kinds[kind, is_low, tuple(setting.rules.get(starts[chunk] + offset, {}).items())] += 1  # type: ignore[index]
+    for (kind, is_low, scalings), count in kinds.items():
+        parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low, scalings=dict(scalings))), times=count)
     if stage == layout.pipeline - 1:
         parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
         for work_kind, work in _depth_work(setting):
@@ -225,7 +228,9 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
 def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
     """Seconds of one matrix product [m, k] x [k, n] of a linear layer; of all its experts, which share the rows gemm.m."""
     eff, device = setting.efficiency, setting.device
-    operands: Format = setting.low if gemm.is_low and setting.low is not None else setting.high
+    operands: Format = setting.high
+    if gemm.is_low and setting.low is not None:
+        operands = setting.low if gemm.scaling is None else ("fp4" if gemm.scaling == "nvfp4" else "fp8")
     if operands not in device.peak:
         operands = "bf16" if "bf16" in device.peak else "fp32"
     size = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}[
@@ -262,7 +267,9 @@ def _cast_bytes(setting: Setting, gemm: Gemm) -> float:
     if not gemm.is_low or setting.low is None:
         return 0.0
     elements = gemm.m * (gemm.k + gemm.n)
-    reads = 4.0 if setting.scaling == "current" else 2.0  # current scaling reads once more, for the largest magnitude
+    reads = (
+        4.0 if (gemm.scaling or setting.scaling) == "current" else 2.0
+    )  # current scaling reads once more, for the largest magnitude
     return elements * (reads + 2.0)
 
 
