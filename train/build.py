@@ -15,7 +15,7 @@ from data.chat.prompts import PromptSet
 from data.prepared import open_prompts, read_material, tokenizer_or_file
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer
-from recipes.schema.changes import check_same_function, replaces_head
+from recipes.schema.changes import check_same_function, mtp_change, replaces_head
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
@@ -36,8 +36,8 @@ from train.engine import Engine
 from train.megatron import use_device
 from train.model.backend import Backend, ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
-from train.model.initial import HEAD, initialize
-from train.objective import next_token
+from train.model.initial import HEAD, MTP, initialize
+from train.objective import next_token, several_tokens
 from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -147,7 +147,7 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     if objective.kind == "dpo":
         return Objective(dpo_step(mesh, objective.dpo), DPO_PARTS, counter=count_pairs)
     if objective.kind == "next_token":
-        return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
+        return _next_token(recipe, mesh)
     if objective.kind == "grpo":
         return Objective(policy_step(objective.grpo, mesh=mesh), POLICY_PARTS)
     source: Teacher | TeacherCache | None
@@ -161,6 +161,18 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     assert objective.teacher is not None, "open_teacher refuses a recipe without a teacher"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
     return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
+
+
+def _next_token(recipe: Recipe, mesh: Mesh) -> Objective:
+    """The next-token objective, with the losses of further depths if the model has them."""
+    mtp, reset = recipe.model.mtp, recipe.data.reset_at_documents
+    if not mtp.depths:
+        return Objective(next_token.forward_step(mesh, reset_at_documents=reset))
+    return Objective(
+        several_tokens.forward_step(mesh, mtp, reset_at_documents=reset),
+        several_tokens.parts_of(mtp),
+        counter=several_tokens.CountAhead(mtp.depths, reset_at_documents=reset),
+    )
 
 
 def _chunks(recipe: Recipe, *, mesh: Mesh, backend: Backend, draw_weights: bool = False) -> list[Any]:
@@ -182,8 +194,8 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
     weights: a checkpoint to load the initial weights from, instead of random ones; if it is of a language model and the recipe
-    has a scalar head, the head is drawn. tokenizer: fingerprint of the data's
-    tokenizer; a teacher's must be equal.
+    has a scalar head, the head is drawn; so are further depths (`model.mtp`) that it does not have.
+    tokenizer: fingerprint of the data's tokenizer; a teacher's must be equal.
     """
 
     backend = choose_backend(recipe.precision, mesh.device)
@@ -191,11 +203,14 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     chunks = _chunks(recipe, mesh=mesh, backend=backend, draw_weights=weights is None)
     if weights is not None:
         saved = read_checkpoint_manifest(weights).recipe
-        drawn = (HEAD,) if replaces_head(saved, recipe) else ()
-        check_same_function(saved, recipe, place=str(weights), except_head=bool(drawn))
-        read_weights(weights, chunks, groups=mesh.groups, without=drawn)
-        for chunk, name in product(chunks, drawn):
-            initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=name)
+        head, mtp = replaces_head(saved, recipe), mtp_change(saved, recipe)
+        check_same_function(saved, recipe, place=str(weights), except_head=head)
+        if mtp != "none" and mesh.rank == 0:
+            log.warning("%s: the weights of further depths (model.mtp) are %s.", weights, mtp)
+        without = ((HEAD,) if head else ()) + ((MTP,) if mtp != "none" else ())
+        read_weights(weights, chunks, groups=mesh.groups, without=without)
+        for chunk, begin in product(chunks, without):
+            initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=begin)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)

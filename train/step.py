@@ -10,6 +10,7 @@ from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
 from train.model.experts import start_counting, update_biases
 from train.objective.next_token import count_labels
+from train.objective.several_tokens import CountAhead
 from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
 from train.record.profile import phase
@@ -77,7 +78,8 @@ def train_step(
     # Tensor ranks have equal losses, data ranks have different rows: divide so that the sum over the world is the mean.
     total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
     watch.lap("reduction")
-    labels = sums()[0] if sums is not None and engine.counter is count_labels else None
+    counts_labels = engine.counter is count_labels or isinstance(engine.counter, CountAhead)
+    labels = sums()[0] if sums is not None and counts_labels and microbatches[0].learned is not None else None
     if spikes is not None and (spike := _spike(engine, total[0], step=step + 1, spikes=spikes)) is not None:
         watch.lap("optimizer")
         return StepResult(loss=total[0], parts=total[1:], grad_norm=spike.grad_norm, labels=labels, spike=spike)

@@ -23,7 +23,7 @@ from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
 from recipes.schema.recipe import Recipe
-from recipes.schema.scaling import low_precision_linears
+from recipes.schema.scaling import low_precision_linears, rule_numbers
 from recipes.schema.units import GIB
 
 USABLE = 0.97
@@ -226,7 +226,7 @@ def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], devic
     """Everything that the step time of a recipe depends on."""
     low = low_precision_linears(recipe.model, recipe.precision)
     layers = range(len(layer_kinds(recipe.model.pattern)))
-    scaling = recipe.precision.scaling
+    scaling, rules = recipe.precision.scaling, recipe.precision.rules
     form: Format = "fp4" if scaling == "nvfp4" else "fp8"
     return Setting(
         model=recipe.model,
@@ -239,6 +239,10 @@ def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], devic
         high=_high(recipe, device),
         scaling=scaling,
         high_precision_layers=frozenset(layer for layer in layers if layer not in low),
+        rules={
+            layer: {name: rules[number].scaling for name, number in names.items()}
+            for layer, names in rule_numbers(recipe.model, recipe.precision).items()
+        },
         split_sequence=recipe.parallel.sequence,
         recompute=1.0 if recipe.parallel.recompute == "full" else 0.0,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,

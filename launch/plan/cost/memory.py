@@ -11,6 +11,7 @@ from itertools import accumulate
 from launch.plan.cost.activations import (
     Modules,
     Shape,
+    depths_bytes,
     distilled_head_bytes,
     distilled_head_workspace,
     head_bytes,
@@ -131,7 +132,7 @@ def _state(
             is_first=chunk == 0,
             is_last=chunk == len(chunks) - 1,
             stages=layout.pipeline,
-            low_layers=frozenset(layer - start for layer in low if start <= layer < start + len(chunks[chunk])),
+            low={layer - start: names for layer, names in low.items() if start <= layer < start + len(chunks[chunk])},
         )
         bucket = bucket_size(
             data=layout.data,
@@ -258,7 +259,8 @@ def stage_activations(
         # When layer i is recomputed, the inputs of later layers are already freed.
         peaks = [layer - (len(layers) - count) * hidden - shared for count, layer in enumerate(layers, start=1)]
         recomputed.append(max(0.0, *peaks) if is_full else 0.0)
-        ends.append((head(shape) if chunk == len(chunks) - 1 else 0.0) + (8.0 * shape.tokens if chunk == 0 else 0.0))
+        last = head(shape) + depths_bytes(shape) if chunk == len(chunks) - 1 else 0.0
+        ends.append(last + (8.0 * shape.tokens if chunk == 0 else 0.0))
         patterns.append(chunks[chunk])
     now = peak = 0.0
     for direction, index in pipeline_schedule(

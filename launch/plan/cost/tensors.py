@@ -8,11 +8,13 @@ multiple of lcm(data-parallel ranks, 128), and a tied embedding has a bucket of 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.pattern import LayerKind, mtp_kinds, mtp_projection_weights
 from recipes.schema.scaling import linear_shapes
 
 PARAMETER_START = 64
@@ -44,12 +46,15 @@ def stage_tensors(
     is_first: bool,
     is_last: bool,
     stages: int = 1,
-    low_layers: frozenset[int] = frozenset(),
+    low: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """Parameters of one model chunk on one tensor rank, in order. low_layers: indexes in `pattern` with low precision."""
+    """Parameters of one model chunk on one tensor rank, in order. low: linears in low precision, by index in `pattern`."""
     table = model.vocab // tensor * model.hidden
+    has_depths = is_last and model.mtp.depths > 0
     shared = not model.has_own_head and stages > 1
-    found = [Tensor(table, is_shared=shared)] if is_first else []
+    # Further depths need the embedding too: the last stage has a copy.
+    is_copied = shared or (model.mtp.depths > 0 and stages > 1)
+    found = [Tensor(table, is_shared=is_copied)] if is_first or has_depths else []
     for index, kind in enumerate(pattern):
         found += layer_tensors(
             model,
@@ -57,27 +62,45 @@ def stage_tensors(
             tensor=tensor,
             expert=expert,
             expert_tensor=expert_tensor,
-            is_low=index in low_layers,
+            low=low.get(index, ()),
         )
     if is_last:
         found.append(Tensor(model.hidden))
+        found += depth_tensors(model, tensor=tensor, expert=expert, expert_tensor=expert_tensor) * model.mtp.sets
         if model.head == "scalar":
             found.append(Tensor(model.hidden))  # the same on every tensor rank
-        elif model.has_own_head or not is_first:
+        elif model.has_own_head or not (is_first or has_depths):
             found.append(Tensor(table, is_shared=shared))
     return found
 
 
+def depth_tensors(model: ModelConfig, *, tensor: int, expert: int = 1, expert_tensor: int = 1) -> list[Tensor]:
+    """Parameters of one further depth (`model.mtp`) on one rank; its layers are in high precision."""
+    norm = Tensor(model.hidden)
+    layers = [
+        one
+        for kind in mtp_kinds(model)
+        for one in layer_tensors(model, kind, tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+    ]
+    return [norm, norm, Tensor(mtp_projection_weights(model) // tensor), *layers, norm]
+
+
 @lru_cache(maxsize=256)
 def layer_tensors(
-    model: ModelConfig, kind: LayerKind, *, tensor: int, expert: int = 1, expert_tensor: int = 1, is_low: bool = False
+    model: ModelConfig,
+    kind: LayerKind,
+    *,
+    tensor: int,
+    expert: int = 1,
+    expert_tensor: int = 1,
+    low: tuple[str, ...] = (),
 ) -> list[Tensor]:
     """Parameters of one layer on one rank."""
     shapes = linear_shapes(model, kind, tensor=tensor, expert_tensor=expert_tensor)
-    column, row, *shared = ((out * into) for out, into in shapes.values())
+    column, row, *shared = (Tensor(out * into, is_low=name in low) for name, (out, into) in shapes.items())
     after = [Tensor(model.hidden)] if model.post_norms else []
     norm = Tensor(model.hidden)
-    into, out = Tensor(column, is_low=is_low), Tensor(row, is_low=is_low)
+    into, out = column, row
     match kind:
         case "M":
             heads = model.mamba_heads // tensor
@@ -89,10 +112,10 @@ def layer_tensors(
             return [norm, into, out, *after]
         case "E":
             here = model.experts.count // expert
-            routed = [Tensor(here * one, is_low=is_low, is_expert=True) for one in (column, row)]
+            routed = [Tensor(here * one.numel, is_low=one.is_low, is_expert=True) for one in (column, row)]
             latent = [Tensor(model.hidden * model.experts.latent)] * (2 if model.experts.latent else 0)
             router = Tensor(model.experts.count * model.hidden)
-            return [norm, router, *latent, *routed, *(Tensor(one, is_low=is_low) for one in shared), *after]
+            return [norm, router, *latent, *routed, *shared, *after]
         case _:
             return [norm, out, into, *after]
 

@@ -78,6 +78,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {**MIXED, "parallel.expert": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True},
     ),
+    "further depths, tp2 sp bf16": (
+        2,
+        {
+            "model.mtp.depths": 2,
+            "model.mtp.pattern": "*M-",
+            "parallel.tensor": 2,
+            "parallel.sequence": True,
+            "precision.params": "bf16",
+        },
+    ),
+    "further depths, pp2 tied": (2, {"model.mtp.depths": 1, "parallel.pipeline": 2, "model.tie_embeddings": True}),
+    "further depths, experts, dp2 ep2": (
+        2,
+        {**MIXED, "model.mtp.depths": 2, "model.mtp.repeated": True, "model.mtp.pattern": "*E", "parallel.expert": 2},
+    ),
     "cp2 dp2": (4, {"parallel.context": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True}),
 }
 
