@@ -28,7 +28,8 @@ from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
 from recipes.schema.objective_rules import data_fit_problems, dpo_problems, reward_problems, unused
-from recipes.schema.optim import ScheduleConfig
+from recipes.schema.optim import OptimConfig, ScheduleConfig
+from recipes.schema.optim_rules import optim_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
@@ -68,6 +69,7 @@ def problems(
         *profile_problems(recipe.run),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
+        *optim_problems(recipe.optim, recipe.model),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -115,6 +117,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             parallel=ParallelConfig(),
             precision=PrecisionConfig(),
             objective=ObjectiveConfig(kind=kind, dpo=recipe.objective.dpo) if is_fit else ObjectiveConfig(),
+            optim=OptimConfig(),
             schedule=ScheduleConfig(),
             evaluate=EvaluateConfig(),
         )

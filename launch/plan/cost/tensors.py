@@ -8,6 +8,7 @@ multiple of lcm(data-parallel ranks, 128), and a tied embedding has a bucket of 
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,6 +33,8 @@ class Tensor:
     """Whether it is the weight of a linear layer that runs in low precision."""
     is_expert: bool = False
     """Whether it is a weight of routed experts, which have buffers of their own and other data-parallel ranks."""
+    is_matrix: bool = False
+    """Whether Muon would update it: the matrices of layers."""
 
 
 def stage_tensors(
@@ -77,7 +80,7 @@ def layer_tensors(
     column, row, *shared = ((out * into) for out, into in shapes.values())
     after = [Tensor(model.hidden)] if model.post_norms else []
     norm = Tensor(model.hidden)
-    into, out = Tensor(column, is_low=is_low), Tensor(row, is_low=is_low)
+    into, out = (Tensor(one, is_low=is_low, is_matrix=True) for one in (column, row))
     match kind:
         case "M":
             heads = model.mamba_heads // tensor
@@ -89,10 +92,11 @@ def layer_tensors(
             return [norm, into, out, *after]
         case "E":
             here = model.experts.count // expert
-            routed = [Tensor(here * one, is_low=is_low, is_expert=True) for one in (column, row)]
-            latent = [Tensor(model.hidden * model.experts.latent)] * (2 if model.experts.latent else 0)
-            router = Tensor(model.experts.count * model.hidden)
-            return [norm, router, *latent, *routed, *(Tensor(one, is_low=is_low) for one in shared), *after]
+            routed = [Tensor(here * one, is_low=is_low, is_expert=True, is_matrix=True) for one in (column, row)]
+            latent = [Tensor(model.hidden * model.experts.latent, is_matrix=True)] * (2 if model.experts.latent else 0)
+            router = Tensor(model.experts.count * model.hidden, is_matrix=True)
+            always = [Tensor(one, is_low=is_low, is_matrix=True) for one in shared]
+            return [norm, router, *latent, *routed, *always, *after]
         case _:
             return [norm, out, into, *after]
 
@@ -107,16 +111,28 @@ class Buffer:
     """Elements including padding; the same for weights and fp32 gradients."""
     parameter_ranges: tuple[tuple[int, int], ...]
     """[start, end) of each parameter."""
+    matrix_ranges: tuple[tuple[int, int], ...]
+    """[start, end) of the matrices of layers among them."""
     buckets: tuple[tuple[int, int], ...]
     """[start, end) of each bucket, including padding."""
 
     def shard(self, rank: int, ranks: int) -> int:
         """Elements of parameters whose optimizer state is on data-parallel rank `rank` of `ranks` (padding has no state)."""
+        return self._shard(self.parameter_ranges, rank, ranks)
+
+    def shard_of_matrices(self, rank: int, ranks: int) -> int:
+        """Those of matrices of layers."""
+        return self._shard(self.matrix_ranges, rank, ranks)
+
+    def _shard(self, parameters: tuple[tuple[int, int], ...], rank: int, ranks: int) -> int:
         total = 0
         for start, end in self.buckets:
             size = (end - start) // ranks
             low, high = start + rank * size, start + (rank + 1) * size
-            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.parameter_ranges)
+            # Ranges ascend: only those between the first that ends after `low` and the last that starts before `high` count.
+            first = bisect_right(parameters, low, key=lambda one: one[1])
+            last = bisect_left(parameters, high, key=lambda one: one[0])
+            total += sum(min(high, b) - max(low, a) for a, b in parameters[first:last])
         return total
 
 
@@ -165,4 +181,5 @@ def _lay_out(kind: tuple[bool, bool], tensors: list[Tensor], *, shards: int, buc
             in_bucket = 0
     if in_bucket:
         close(at)
-    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), tuple(buckets))
+    matrices = tuple(at for at, one in zip(parameter_ranges, reversed(tensors), strict=True) if one.is_matrix)
+    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), matrices, tuple(buckets))
