@@ -55,8 +55,8 @@ def matrices_by_hand(name: str, weight: torch.Tensor, model: ModelConfig) -> lis
     return []
 
 
-def distances(rank: int, recipe: Recipe, fields: dict[str, Any]) -> tuple[dict[str, float], float]:
-    """Largest relative difference of each weight to torch.optim.Muon with `fields`, fed with our gradients; sum of magnitudes."""
+def distances(rank: int, recipe: Recipe, fields: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference of each weight to torch.optim.Muon with `fields`, fed with our gradients."""
     torch.Tensor.bfloat16 = lambda self: self.to(torch.float64, copy=True)  # type: ignore[method-assign]  # in a forked rank
     with engine_of(recipe, rank=rank, world=1) as engine:
         chunk = engine.chunks[0]
@@ -89,31 +89,31 @@ def distances(rank: int, recipe: Recipe, fields: dict[str, Any]) -> tuple[dict[s
         for name, matrices in theirs.items():
             pairs = zip(cut(name, named[name]), matrices, strict=True)
             found[name] = max(float((ours - one).abs().max() / one.abs().max()) for ours, one in pairs)
-        return found, float(sum(named[name].abs().sum() for name in theirs))
+        return found
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "published": ({}, {}),
-    "momentum": ({"optim.muon.momentum": 0.5}, {"momentum": 0.5}),
-    "no Nesterov": ({"optim.muon.nesterov": False}, {"nesterov": False}),
-    "iterations": ({"optim.muon.iterations": 2}, {"ns_steps": 2}),
-    "fused": ({"optim.muon.split_fused": False}, {}),
-}
+    "every field changed": (
+        {
+            "optim.muon.momentum": 0.5, "optim.muon.nesterov": False, "optim.muon.iterations": 2,
+            "optim.muon.split_fused": False,
+        },
+        {"momentum": 0.5, "nesterov": False, "ns_steps": 2},
+    ),
+}  # fmt: skip
+"""Fields of ours and of torch's: a field that did nothing would leave the weights of torch's."""
 
 
-def every_case(rank: int) -> dict[str, tuple[dict[str, float], float]]:
+def every_case(rank: int) -> dict[str, dict[str, float]]:
     base = {**MODEL, "optim.weight_decay": DECAY, "optim.clip_norm": 0.0}
     return {name: distances(rank, recipe_with(**base, **ours), theirs) for name, (ours, theirs) in CASES.items()}
 
 
 def test_weights_are_those_of_torch_muon_in_float64() -> None:
-    """With the published fields, and with each field changed, which must matter."""
-    found = run_ranks(1, every_case)[0]
-    for case, (errors, _) in found.items():
+    for case, errors in run_ranks(1, every_case)[0].items():
         assert {name.rsplit(".", 2)[-2] for name in errors} == set(MATRICES)
         assert max(errors.values()) < 5e-5, (case, errors)
-    sums = [total for _, total in found.values()]
-    assert min(abs(a / b - 1) for i, a in enumerate(sums) for b in sums[:i]) > 1e-4, sums
 
 
 def test_singular_values_end_near_one() -> None:
