@@ -20,7 +20,9 @@ from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
+from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
+from recipes.schema.parameter_groups import EMBEDDING
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.align.dpo import DPO_PARTS, count_pairs, dpo_step
@@ -36,7 +38,7 @@ from train.engine import Engine
 from train.megatron import use_device
 from train.model.backend import Backend, ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
-from train.model.initial import HEAD, MTP, initialize
+from train.model.initial import HEAD, MTP, global_names, initialize
 from train.objective import next_token, several_tokens
 from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
@@ -190,6 +192,27 @@ def _chunks(recipe: Recipe, *, mesh: Mesh, backend: Backend, draw_weights: bool 
     )
 
 
+def _names(chunks: list[Any], model: ModelConfig) -> dict[torch.nn.Parameter, str]:
+    """The name of each parameter in the whole model, the same for every backend and layout."""
+    found = {}
+    for chunk in chunks:
+        for name, parameter in global_names(chunk):
+            if name == HEAD and not model.has_own_head:
+                name = EMBEDDING  # the last stage's copy of the one matrix
+            for linear, norm in _FUSED_NORMS.items():
+                name = name.replace(linear, norm)
+            found[parameter] = name
+    return found
+
+
+_FUSED_NORMS = {
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's linears contain the norm before them."""
+
+
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
@@ -213,7 +236,9 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
             initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=begin)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
-    optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
+    optimizer = build_optimizer(
+        wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh, names=_names(chunks, recipe.model)
+    )
     reduction = connect(wrapped, optimizer)
     return Engine(
         mesh=mesh,

@@ -49,7 +49,7 @@ _KINDS: dict[str, Kind] = {
     ),
     **dict.fromkeys(
         (
-            "model", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
+            "model", "optim.kind", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
             "objective.grpo.generations_per_prompt", "objective.grpo.updates_per_batch", "objective.grpo.passes_per_batch",
             "objective.grpo.off_policy_steps",
         ),
@@ -216,7 +216,7 @@ def _meaning(kind: Kind) -> str:
 def _kind(key: str, new: dict[str, Any]) -> Kind:
     if key == "run.steps":
         schedule = new.get("schedule", {})
-        ends = schedule.get("kind") == "cosine" or (schedule.get("kind") == "wsd" and schedule.get("decay"))
+        ends = schedule.get("kind") in ("cosine", "linear") or (schedule.get("kind") == "wsd" and schedule.get("decay"))
         ends = ends or (isinstance(schedule.get("warmup"), float) and schedule["warmup"] > 0)  # a fraction of the run
         return "arithmetic" if ends and schedule.get("total") is None else "safe"
     if key == "run.microbatch_rows":

@@ -34,7 +34,8 @@ from recipes.schema.objective_rules import (
     reward_problems,
     unused,
 )
-from recipes.schema.optim import ScheduleConfig
+from recipes.schema.optim import OptimConfig, ScheduleConfig
+from recipes.schema.optim_rules import optim_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, mtp_problems, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
@@ -83,6 +84,7 @@ def problems(
         *mtp_objective_problems(recipe),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
+        *optim_problems(recipe.optim, recipe.model),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -130,6 +132,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             parallel=ParallelConfig(),
             precision=PrecisionConfig(),
             objective=ObjectiveConfig(kind=kind, dpo=recipe.objective.dpo) if is_fit else ObjectiveConfig(),
+            optim=OptimConfig(),
             schedule=ScheduleConfig(),
             evaluate=EvaluateConfig(),
         )

@@ -15,6 +15,7 @@ from launch.plan.planner import make_plan
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.facts import Machine
+from recipes.schema.optim import ParameterGroupConfig
 from recipes.schema.precision import LinearRule
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
@@ -300,6 +301,22 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a folder of something else": ({"run.name": "thesis"}, "is not empty (chapter.tex)"),
     "a run of another recipe": ({"run.name": "began", "optim.lr": 0.5}, "optim.lr: 0.001 in the run's folder, 0.5 now"),
+    "a group without parameters": (
+        {"optim.groups": (ParameterGroupConfig("decoder.layer.*", lr_factor=0.1),)},
+        "optim.groups[0].match='decoder.layer.*' matches no parameter of this model. Names look like embedding.word_embeddings",
+    ),
+    "a group behind another": (
+        {"optim.groups": (ParameterGroupConfig("*", lr_factor=0.1), ParameterGroupConfig("*norm*", weight_decay=0.1))},
+        "optim.groups[1].match='*norm*' matches only parameters of earlier rules, e.g. decoder.layers.0.norm.weight.",
+    ),
+    "a group that changes nothing": (
+        {"optim.groups": (ParameterGroupConfig("*norm*"),)},
+        "optim.groups[0] (match='*norm*') sets neither lr_factor nor weight_decay, so it does nothing.",
+    ),
+    "Muon without Muon": (
+        {"optim.muon.momentum": 0.9, "optim.muon.nesterov": False},
+        "optim.muon.momentum=0.9 does nothing, because optim.kind=adamw. Use optim.kind=muon, or leave it out.",
+    ),
     "schedule": ({"schedule.warmup": 50}, "schedule.warmup=50 + schedule.decay=0 steps are longer than the whole"),
     "layout": ({"parallel.tensor": 3}, "parallel.tensor=3 does not divide"),
     "hidden layers": (

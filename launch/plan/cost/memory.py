@@ -87,8 +87,9 @@ def optimizer_state(
     stage: int,
     shard: int | None = None,
     expert_shard: int | None = None,
+    muon: bool = False,
 ) -> "State":
-    """Bytes of weights, gradients and optimizer state of a pipeline rank.
+    """Bytes of weights, gradients and optimizer state of a pipeline rank. muon: matrices have no second moment.
 
     shard, expert_shard: its index among the data-parallel x context ranks, and among the ranks with its experts. None: an equal
     part of each bucket including padding, an upper bound for all ranks.
@@ -101,6 +102,7 @@ def optimizer_state(
         stage=stage,
         shard=shard,
         expert_shard=expert_shard,
+        muon=muon,
     )
 
 
@@ -114,12 +116,13 @@ def _state(
     stage: int,
     shard: int | None,
     expert_shard: int | None,
+    muon: bool,
 ) -> "State":
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
     shards = layout.data * layout.context
     size = 2 if precision.params == "bf16" else 4
-    weights = gradients = masters = moments = low_copies = 0
+    weights = gradients = masters = moments = low_copies = update = 0
     for index in range(layout.virtual):
         chunk = index * layout.pipeline + stage
         start = sum(map(len, chunks[:chunk]))
@@ -150,13 +153,18 @@ def _state(
             gradients += buffer.numel * 4
             masters += 0 if is_fp32 else 4 * own_numel
             moments += 8 * own_numel
+            if muon:
+                places = range(ranks) if rank is None else [rank]
+                matrices = [buffer.shard_of_matrices(place, ranks) for place in places]
+                moments -= 4 * min(matrices)
+                update += 2 * 4 * max(matrices)
         low_numel = sum(one.numel for one in tensors if one.is_low)
         if precision.fp8_weights:  # the weights themselves are 1 byte, with a transposed copy of 1 byte
             weights -= low_numel * (size - 1)
             low_copies += low_numel
         else:
             low_copies += 2 * low_numel
-    return State(weights, gradients, masters, moments, low_copies)
+    return State(weights, gradients, masters, moments, low_copies, update)
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,8 @@ class State:
     masters: int
     moments: int
     low_copies: int
+    update: int
+    """Temporary memory of Muon's update: what this rank sends to the owners of matrices, and the matrices that it owns."""
 
 
 def rank_memory(
@@ -183,13 +193,15 @@ def rank_memory(
     teacher: float = 0.0,
     caches: float = 0.0,
     distils: bool = False,
+    muon: bool = False,
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage.
 
     rows: rows of a microbatch. teacher: bytes of frozen models on this stage. caches: bytes in use while answers are
-    generated. distils: whether the loss is distillation, which keeps the logits of only one chunk of tokens at a time.
+    generated. distils: whether the loss is distillation, which keeps the logits of only one chunk of tokens at a time. muon:
+    whether Muon updates the matrices, when no activations are in use.
     """
-    state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
+    state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage, muon=muon)
     kept, workspace = stage_activations(
         model,
         parallel=parallel,
@@ -213,7 +225,7 @@ def rank_memory(
         moments=state.moments,
         low_copies=state.low_copies if modules == "te" else 0,
         activations=kept,
-        workspace=workspace,
+        workspace=max(workspace, state.update - kept),
         communication=waiting + gathered,
         reserve=RESERVE_BYTES if modules == "te" else 0.0,
         teacher=teacher,

@@ -8,6 +8,7 @@ multiple of lcm(data-parallel ranks, 128), and a tied embedding has a bucket of 
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,8 @@ class Tensor:
     """Whether it is the weight of a linear layer that runs in low precision."""
     is_expert: bool = False
     """Whether it is a weight of routed experts, which have buffers of their own and other data-parallel ranks."""
+    is_matrix: bool = False
+    """Whether Muon would update it: the matrices of layers."""
 
 
 def stage_tensors(
@@ -82,7 +85,7 @@ def depth_tensors(model: ModelConfig, *, tensor: int, expert: int = 1, expert_te
         for kind in mtp_kinds(model)
         for one in layer_tensors(model, kind, tensor=tensor, expert=expert, expert_tensor=expert_tensor)
     ]
-    return [norm, norm, Tensor(mtp_projection_weights(model) // tensor), *layers, norm]
+    return [norm, norm, Tensor(mtp_projection_weights(model) // tensor, is_matrix=True), *layers, norm]
 
 
 @lru_cache(maxsize=256)
@@ -97,7 +100,9 @@ def layer_tensors(
 ) -> list[Tensor]:
     """Parameters of one layer on one rank."""
     shapes = linear_shapes(model, kind, tensor=tensor, expert_tensor=expert_tensor)
-    column, row, *shared = (Tensor(out * into, is_low=name in low) for name, (out, into) in shapes.items())
+    column, row, *shared = (
+        Tensor(out * into, is_low=name in low, is_matrix=True) for name, (out, into) in shapes.items()
+    )
     after = [Tensor(model.hidden)] if model.post_norms else []
     norm = Tensor(model.hidden)
     into, out = column, row
@@ -112,9 +117,11 @@ def layer_tensors(
             return [norm, into, out, *after]
         case "E":
             here = model.experts.count // expert
-            routed = [Tensor(here * one.numel, is_low=one.is_low, is_expert=True) for one in (column, row)]
-            latent = [Tensor(model.hidden * model.experts.latent)] * (2 if model.experts.latent else 0)
-            router = Tensor(model.experts.count * model.hidden)
+            routed = [
+                Tensor(here * one.numel, is_low=one.is_low, is_expert=True, is_matrix=True) for one in (column, row)
+            ]
+            latent = [Tensor(model.hidden * model.experts.latent, is_matrix=True)] * (2 if model.experts.latent else 0)
+            router = Tensor(model.experts.count * model.hidden, is_matrix=True)
             return [norm, router, *latent, *routed, *shared, *after]
         case _:
             return [norm, out, into, *after]
@@ -130,16 +137,28 @@ class Buffer:
     """Elements including padding; the same for weights and fp32 gradients."""
     parameter_ranges: tuple[tuple[int, int], ...]
     """[start, end) of each parameter."""
+    matrix_ranges: tuple[tuple[int, int], ...]
+    """[start, end) of the matrices of layers among them."""
     buckets: tuple[tuple[int, int], ...]
     """[start, end) of each bucket, including padding."""
 
     def shard(self, rank: int, ranks: int) -> int:
         """Elements of parameters whose optimizer state is on data-parallel rank `rank` of `ranks` (padding has no state)."""
+        return self._shard(self.parameter_ranges, rank, ranks)
+
+    def shard_of_matrices(self, rank: int, ranks: int) -> int:
+        """Those of matrices of layers."""
+        return self._shard(self.matrix_ranges, rank, ranks)
+
+    def _shard(self, parameters: tuple[tuple[int, int], ...], rank: int, ranks: int) -> int:
         total = 0
         for start, end in self.buckets:
             size = (end - start) // ranks
             low, high = start + rank * size, start + (rank + 1) * size
-            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.parameter_ranges)
+            # Ranges ascend: only those between the first that ends after `low` and the last that starts before `high` count.
+            first = bisect_right(parameters, low, key=lambda one: one[1])
+            last = bisect_left(parameters, high, key=lambda one: one[0])
+            total += sum(min(high, b) - max(low, a) for a, b in parameters[first:last])
         return total
 
 
@@ -188,4 +207,5 @@ def _lay_out(kind: tuple[bool, bool], tensors: list[Tensor], *, shards: int, buc
             in_bucket = 0
     if in_bucket:
         close(at)
-    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), tuple(buckets))
+    matrices = tuple(at for at, one in zip(parameter_ranges, reversed(tensors), strict=True) if one.is_matrix)
+    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), matrices, tuple(buckets))

@@ -19,6 +19,8 @@ from launch.plan.cost.efficiency import MEGATRON, Efficiency, Software
 from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work, projection_work
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
+from recipes.schema.muon import iteration_cost, layer_matrices
+from recipes.schema.optim import MuonConfig
 from recipes.schema.pattern import LayerKind, mtp_kinds
 
 
@@ -65,6 +67,8 @@ class Setting:
     overlap_param_gather: bool = True
     teacher_s: float = 0.0
     """Seconds that a teacher adds to each microbatch on the last stage (`launch.plan.teacher`)."""
+    muon: MuonConfig | None = None
+    """How Muon updates matrices; None: AdamW updates them."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -109,9 +113,42 @@ def step_time(setting: Setting) -> StepTime:
         for dense, experts in (_rank_weights(setting, stage) for stage in range(layout.pipeline))
     )
     parts["optimizer"] += OPTIMIZER_BYTES * owned / (setting.device.hbm * setting.efficiency.hbm)
+    if setting.muon is not None:
+        parts["optimizer"] += max(muon_seconds(setting, stage, muon=setting.muon) for stage in range(layout.pipeline))
     nodes = max(1.0, layout.world / setting.device.node)
     parts["jitter"] += sum(parts.values()) * setting.efficiency.jitter * math.log2(nodes)
     return StepTime(seconds=sum(parts.values()), parts=parts, stage_seconds=tuple(sums))
+
+
+def muon_seconds(setting: Setting, stage: int, *, muon: MuonConfig) -> float:
+    """Seconds in which the ranks of a stage orthogonalize its matrices, in bf16, and exchange their parts before and after.
+
+    Each matrix has one owner: no rank is faster than the most expensive matrix of the stage. The exchange hides nothing.
+    """
+    layout, device, eff = setting.layout, setting.device, setting.efficiency
+    layers = Counter("".join(setting.stages[chunk] for chunk in range(stage, len(setting.stages), layout.pipeline)))
+    cost, largest, elements = 0, 0, 0.0
+    if is_last := stage == layout.pipeline - 1:
+        layers += Counter(mtp_kinds(setting.model) * setting.model.mtp.sets)
+    found = [(n, *one) for kind, n in layers.items() for one in layer_matrices(setting.model, kind, muon=muon)]
+    if is_last and setting.model.mtp.depths:
+        found.append((setting.model.mtp.sets, 1, setting.model.hidden, 2 * setting.model.hidden))
+    for count, matrices, rows, columns in found:
+        here = matrices // layout.expert if matrices > 1 else matrices
+        one = here * iteration_cost(rows, columns)  # the experts of a rank have one owner
+        owners = layout.expert_tensor if matrices > 1 else layout.tensor
+        elements += count * here * rows * columns / owners
+        cost, largest = cost + count * here * iteration_cost(rows, columns), max(largest, one)
+    shards = layout.data * layout.context
+    operands: Format = "bf16" if "bf16" in device.peak else "fp32"
+    peak = device.peak[operands] * device.clock * eff.gemm[device.generation][operands]
+    products = 2 * muon.iterations * max(cost / (shards * layout.tensor), largest) / peak
+    exchange = 0.0
+    for size, stride in ((shards, layout.tensor), (layout.tensor, 1)):
+        if size > 1:
+            sent = 4.0 * elements / shards * (size - 1) / size
+            exchange += 2 * (sent / _bandwidth(setting, size=size, stride=stride) + eff.hop_s * size)
+    return products + exchange
 
 
 def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low: bool = False) -> float:
