@@ -35,7 +35,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.resilience_rules import spike_problems
+from recipes.schema.resilience_rules import integrity_problems, spike_problems
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.storage_rules import storage_notes, storage_problems
@@ -68,6 +68,7 @@ def problems(
         *profile_problems(recipe.run),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
+        *integrity_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -218,6 +219,9 @@ def precision_problems(recipe: Recipe, machine: Machine | None) -> list[Problem]
     machine = _of_run(recipe, machine)
     backend = backend_name(precision, machine)
     found += backend_problems(precision, machine) + shape_rules(recipe, backend=backend)
+    if recipe.run.integrity.products and (backend == "te" or machine.has_gpu):
+        text = f"run.integrity.products={list(recipe.run.integrity.products)} checks products on a CPU only."
+        found.append(Problem("run.integrity.products", text, "Set run.integrity.products=[]."))
     if backend == "te":
         for scaling in used:
             found += _generation_problems("precision.scaling", scaling, machine)
