@@ -151,7 +151,11 @@ def train_loop(
             rate = recipe.optim.lr * factor
 
             def take(
-                before: Callable[[], None], at: int = step, rows: Any = microbatches, rate: float = rate
+                before: Callable[[], None],
+                after: Callable[[], None] | None = None,
+                at: int = step,
+                rows: Any = microbatches,
+                rate: float = rate,
             ) -> StepResult:
                 return train_step(
                     engine,
@@ -161,6 +165,7 @@ def train_loop(
                     watch=watch,  # noqa: B023  used within this iteration only
                     measure=is_measured(at + 1),
                     before_update=before,
+                    after_reduction=after,
                     spikes=spikes,
                 )
 

@@ -43,6 +43,7 @@ def train_step(
     watch: Stopwatch,
     measure: bool = False,
     before_update: Callable[[], None] | None = None,
+    after_reduction: Callable[[], None] | None = None,
     spikes: SpikeWatch | None = None,
 ) -> StepResult:
     """One update of the weights. Collective over the world.
@@ -51,6 +52,7 @@ def train_step(
     DataError for a step without a learned label, before the weights change.
 
     before_update: called after this rank's backward passes and before weights, moments or experts' biases change.
+    after_reduction: called when the gradients are summed, before they are used.
     spikes: decides whether they change. NumericsError if too many steps in a row may not.
     """
     tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
@@ -64,6 +66,7 @@ def train_step(
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
     if engine.reduction is not None:
         engine.reduction.before = lambda: _before_reduction(watch, before_update)
+        engine.reduction.after = after_reduction
     with phase("forward and backward"):
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
     if sums is not None and not sums()[0]:

@@ -42,7 +42,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.resilience_rules import spike_problems
+from recipes.schema.resilience_rules import integrity_problems, spike_problems
 from recipes.schema.scaling import (
     block_notes,
     low_precision_linears,
@@ -85,6 +85,7 @@ def problems(
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
         *optim_problems(recipe.optim, recipe.model),
+        *integrity_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -237,6 +238,9 @@ def precision_problems(recipe: Recipe, machine: Machine | None) -> list[Problem]
     machine = _of_run(recipe, machine)
     backend = backend_name(precision, machine)
     found += backend_problems(precision, machine) + shape_rules(recipe, backend=backend)
+    if recipe.run.integrity.products and (backend == "te" or machine.has_gpu):
+        text = f"run.integrity.products={list(recipe.run.integrity.products)} checks products on a CPU only."
+        found.append(Problem("run.integrity.products", text, "Set run.integrity.products=[]."))
     if backend == "te":
         for scaling in used:
             found += _generation_problems("precision.scaling", scaling, machine)

@@ -32,6 +32,10 @@ CHATS = {"a": SourceConfig("x", kind="chat")}
 PAIRS = {"a": SourceConfig("x", kind="preference")}
 MIXED: dict[str, Any] = {"model.pattern": "ME*E"}
 EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
+    "checks of sums that are turned off": (
+        {"run.integrity.collectives": True},
+        "run.integrity.collectives=true has no effect, because run.integrity.enabled=false. Set run.integrity.enabled=true.",
+    ),
     "experts that the ranks do not divide": (
         MIXED | {"parallel.expert": 3},
         "parallel.expert=3 does not divide model.experts.count=8. Use 1, 2, 4 or 8.",

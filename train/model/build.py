@@ -34,6 +34,7 @@ from recipes.schema.run import RunConfig
 from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
+from train.model.checked_linears import attach_checks
 from train.model.context import RowContext
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
 from train.model.experts import ExpertLayer, router_options
@@ -384,6 +385,8 @@ def build_model(
             pg_collection=mesh.groups,
             vp_stage=chunk if chunks_per_rank > 1 else None,
         )
+        if run.integrity.enabled:
+            attach_checks(part, pattern=model.pattern, kinds=run.integrity.products)
         backend.equip(part, model=model, precision=precision)
         if draw_weights:
             initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)

@@ -37,7 +37,8 @@ from recipes.schema.scaling import (
     rule_numbers,
     scaling_of,
 )
-from train.native.gemm import multiply
+from train.native.gemm import Multiply, unchecked
+from train.native.product_check import multiplier_of
 from train.precision import health
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
@@ -158,8 +159,8 @@ def gemm(name: str, linear: LowPrecisionLinear, a: torch.Tensor, b: torch.Tensor
 
     name: forward, data_grad or weight_grad.
     """
-    del name, linear
-    return multiply(a, b, factor=factor)
+    where = name if linear.expert is None else f"expert {linear.expert} {name}"
+    return multiplier_of(linear.module)(where, a, b, factor=factor)
 
 
 def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
@@ -216,9 +217,11 @@ def _grouped_product_of(
 ) -> Callable[..., torch.Tensor]:
     """The same for the experts of a rank: each expert's rows are quantised by themselves, filled up with zeros to `ROWS`."""
 
-    def product(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def product(
+        x: torch.Tensor, weight: torch.Tensor, counts: list[int], *, multiply: Multiply = unchecked
+    ) -> torch.Tensor:
         if linears[0].scaling is None:
-            return plain(x, weight, counts)
+            return plain(x, weight, counts, multiply=multiply)
         outputs = []
         for linear, rows, matrix in zip(linears, x.split(counts), weight, strict=True):
             count = len(rows)
