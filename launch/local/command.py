@@ -24,6 +24,7 @@ from launch.local.failures import failure_message, stacks_message
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.local.warm_process import WarmProcess
 from launch.runs import RunFolder
+from launch.starts import note_attempt, note_attempt_end, note_launch
 from launch.user_errors import exit_status
 from recipes.schema import units
 from recipes.schema.errors import RecipeError
@@ -112,12 +113,14 @@ def run_to_end(
     failures = 0
     team = Team(processes, devices)
     copies = recipe.run.memory_copies.every_steps > 0
+    note_launch(run.logs)
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
     with StopRequest() as stop, ExitStack() as stack:
         warm = stack.enter_context(WarmProcess(modules, environment)) if modules else None
         while True:
             before, step_before = run.newest_checkpoint(), run.step()
             logs = _new_folder(run.logs)
+            note_attempt(run.logs)
             end = run_attempt(
                 command,
                 processes=team.processes,
@@ -129,6 +132,7 @@ def run_to_end(
                 use_terminal=use_terminal,
                 warm=warm,
             )
+            note_attempt_end(run.logs, status=end.status, failed=end.failed_at(timeout_s=recipe.launch.timeout_s))
             if warm is not None and warm.has_died:
                 say("the process that forks the ranks has died, so they got SIGTERM. The next ranks are new processes.")
                 warm = None

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.local.continuation import STOPPED, shell_status
-from launch.local.failures import STACK_S, STACK_SIGNAL, RankFailure, by_cause, log_of, read_failures
+from launch.local.failures import STACK_S, STACK_SIGNAL, RankFailure, by_cause, first_failure, log_of, read_failures
 from launch.local.ports import reserved_port
 from launch.local.rank import LAUNCHER, LOGS, RANK_LOG
 from launch.local.terminal import Output
@@ -73,6 +73,10 @@ class AttemptEnd:
     """Ranks that failed, causes first, without ranks that the launcher killed because of them."""
     hung: list[int] = field(default_factory=list)
     """Ranks that the launcher killed because they did not end; their logs have their stacks."""
+
+    def failed_at(self, *, timeout_s: float) -> float | None:
+        """When the first rank failed or, if ranks waited for one that hung, when they began to wait; None without a failure."""
+        return first_failure(self.failures, timeout_s=timeout_s)
 
 
 def say(text: str) -> None:
