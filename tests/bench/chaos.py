@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,12 +292,12 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("copies every step, a kill every 5 s", 1, 0, 5.0),
-    Setting("copies every step, a kill every 10 s", 1, 0, 10.0),
-    Setting("copies every 30 steps, a kill every 7 s", 30, 0, 7.0),
-    Setting("checkpoint every 10 steps, a kill every 5 s", 0, 10, 5.0),
-    Setting("checkpoint every 40 steps, a kill every 10 s", 0, 40, 10.0),
-    Setting("checkpoint every 80 steps, a kill every 7 s", 0, 80, 7.0),
+    Setting("copies every step, a kill every 8 s", 1, 0, 8.0),
+    Setting("copies every step, a kill every 15 s", 1, 0, 15.0),
+    Setting("copies every 30 steps, a kill every 10 s", 30, 0, 10.0),
+    Setting("checkpoint every 10 steps, a kill every 8 s", 0, 10, 8.0),
+    Setting("checkpoint every 40 steps, a kill every 15 s", 0, 40, 15.0),
+    Setting("checkpoint every 80 steps, a kill every 10 s", 0, 80, 10.0),
 )
 
 
@@ -321,7 +322,7 @@ def measured(run: Path, *, every_steps: int) -> Measured:
     spent = totals([one for one in stretches if one.end > one.start])
     failed = [line["failed"] for line in starts if line["kind"] == "attempt_end" and "failed" in line]
     down, whole = [], 0.0
-    for begin, until in zip(failed, [*failed[1:], last], strict=True):
+    for begin, until in pairwise([*failed, last]):
         back = next((line["time"] - line["step_s"] for line in steps if line["time"] > begin), until)
         whole += min(back, until) - begin
         if back < until:
@@ -391,6 +392,7 @@ def check(run: ChaosRun, calm: ChaosRun, story: Story) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `timeout` sends it: end the run and unmount
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--steps", type=int, default=400)
