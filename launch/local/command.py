@@ -9,6 +9,7 @@ failed first.
 import functools
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,7 +111,7 @@ def run_to_end(
     modules: what a process imports that forks all ranks (launch.local.warm_process); empty: each rank is a new process. devices:
     visible GPUs, by name.
     """
-    failures = 0
+    failures, grow_at = 0, None
     team = Team(processes, devices)
     copies = recipe.run.memory_copies.every_steps > 0
     note_launch(run.logs)
@@ -131,6 +132,7 @@ def run_to_end(
                 stop=stop,
                 use_terminal=use_terminal,
                 warm=warm,
+                grow_at=grow_at,
             )
             note_attempt_end(run.logs, status=end.status, failed=end.failed_at(timeout_s=recipe.launch.timeout_s))
             if warm is not None and warm.has_died:
@@ -142,6 +144,11 @@ def run_to_end(
                 say(stacks)
             if end.status == 0 or stop.received:
                 return end.status
+            if end.may_grow and (grown := team.grown()) is not None:
+                (team, text), grow_at, failures = grown, None, 0
+                say(f"after {recipe.launch.regrow_s:g} s (launch.regrow_s): {text}")
+                environment = _with_devices(environment, team)
+                continue
             has_progress = run.newest_checkpoint() not in (None, before) or (copies and run.step() > step_before)
             if end.failures:
                 team = team.after_failure(end.failures[0].rank, has_progress=has_progress)
@@ -161,10 +168,8 @@ def run_to_end(
             if changed is not None:
                 (team, text), failures = changed, 0
                 say(text)
-                environment = {
-                    **environment,
-                    **({"CUDA_VISIBLE_DEVICES": ",".join(team.devices)} if team.devices else {}),
-                }
+                environment = _with_devices(environment, team)
+                grow_at = time.monotonic() + recipe.launch.regrow_s if team.full is not None else None
             delay = wait_s(failures, first_s=recipe.launch.backoff_s, most_s=_MOST_WAIT_S)
             from_where = run.newest_checkpoint() or "the beginning"
             if copies:
@@ -173,6 +178,11 @@ def run_to_end(
             say(f"{decision.reason}; starting again from {from_where} {when}")
             if stop.wait(delay):
                 return end.status
+
+
+def _with_devices(environment: dict[str, str], team: Team) -> dict[str, str]:
+    """The environment of the ranks, which see the team's GPUs."""
+    return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(team.devices)} if team.devices else {})
 
 
 def refuse_second_trainer(run: RunFolder) -> None:
