@@ -19,6 +19,7 @@ from launch.queue import QueuedJob, SlurmError, look_up
 from launch.runs import RunFolder, by_age, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.jobs import job_numbers
+from launch.starts import starts_of
 from launch.time_spent import goodput, time_spent, totals
 from launch.user_errors import exit_status
 from recipes.schema import units
@@ -186,7 +187,7 @@ def _progress_line(run: RunFolder) -> str:
 def _time_spent(run: RunFolder) -> dict[str, float]:
     """Seconds of the wall time by kind, over all starts; {} without a record. It reads all of metrics.jsonl."""
     try:
-        return totals(time_spent(read_metrics(run.path / METRICS)))
+        return totals(time_spent(read_metrics(run.path / METRICS), starts_of(run.path)))
     except OSError:
         return {}
 

@@ -15,6 +15,7 @@ from data.store.manifest import MANIFEST, read_manifest
 from launch.lease import LeaseError, current_owner
 from launch.plan.cost.device import find_device
 from launch.plan.planner import make_plan
+from launch.starts import starts_of
 from launch.time_spent import Stretch, goodput, time_spent, totals
 from recipes.schema import units
 from recipes.schema.errors import StratumError
@@ -68,7 +69,7 @@ def read_reported(folder: Path) -> ReportedRun:
 def describe(run: ReportedRun) -> dict[str, Any]:
     """Everything that the page shows of one run, without its curves."""
     record = run.record
-    stretches = time_spent(run.lines)
+    stretches = time_spent(run.lines, starts_of(run.folder))
     seconds = totals(stretches)
     return {
         "name": printable(run.name),
