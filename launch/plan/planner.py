@@ -202,6 +202,7 @@ def make_plan(
             caches=aligned.caches,
             distils=recipe.objective.kind == "distill",
             muon=recipe.optim.kind == "muon",
+            ema=recipe.optim.ema_decay > 0,
         )
         for stage in range(layout.pipeline)
     )
@@ -251,15 +252,18 @@ def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], devic
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         muon=recipe.optim.muon if recipe.optim.kind == "muon" else None,
+        ema=recipe.optim.ema_decay > 0,
         software=STRATUM,
     )
 
 
 def checkpoints_of(recipe: Recipe, *, layout: Layout, device: Device) -> Checkpoints:
     """Size and times of a checkpoint: weights in the recipe's format, fp32 masters if these are bf16, two fp32 moments (of Muon's
-    matrices one)."""
+    matrices one), and the moving average."""
     total = parameters(recipe.model).total
     size = float(total * (2 + 12 if recipe.precision.params == "bf16" else 4 + 8))
+    if recipe.optim.ema_decay:
+        size += 4 * total
     if recipe.optim.kind == "muon":
         layers = layer_kinds(recipe.model.pattern)
         one = {kind: layer_matrices(recipe.model, kind, muon=recipe.optim.muon) for kind in set(layers)}

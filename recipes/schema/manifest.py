@@ -92,7 +92,7 @@ class Manifest(RunState):
     """Adam's step count; None without optimizer state. Training then starts with zero moments."""
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     """Tensors by name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`,
-    `random.NAME`, `stream.NAME`."""
+    `optimizer.ema.NAME`, `random.NAME`, `stream.NAME`."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every other file of the checkpoint."""
     index_sha256: str = ""

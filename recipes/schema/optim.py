@@ -59,6 +59,10 @@ class OptimConfig:
     """Decoupled weight decay. Norm weights, biases, A_log, D and dt_bias are never decayed."""
     clip_norm: NonNegativeFloat = 1.0
     """Larger global gradient norms are scaled down to this; 0: no clipping."""
+    ema_decay: OpenFraction = 0.0
+    """Decay of an exponential moving average of the weights, kept in fp32 next to the masters and saved in checkpoints. After an
+    update, average = decay * average + (1 - decay) * weights. It spans about 1 / (1 - decay) steps. Training does not read it;
+    `stratum merge RUN --ema --out NEW` writes it as a run. 0: no average."""
     groups: tuple[ParameterGroupConfig, ...] = ()
     """Other rates for some parameters. The first rule that matches a parameter applies to it."""
 

@@ -1,4 +1,4 @@
-"""Fields of the `optim` group that would do nothing. `recipes.schema.rules.problems` calls these rules."""
+"""Fields of the `optim` group that would do nothing. `recipes.schema.rules.problems` calls these rules, and `notes` the notes."""
 
 import dataclasses
 
@@ -20,3 +20,13 @@ def optim_problems(optim: OptimConfig, model: ModelConfig) -> list[Problem]:
             text = f"optim.muon.{field.name}={str(value).lower()} does nothing, because optim.kind={optim.kind}."
             found.append(Problem(f"optim.muon.{field.name}", text, "Use optim.kind=muon, or leave it out."))
     return found
+
+
+def optim_notes(optim: OptimConfig, *, steps: int) -> list[Problem]:
+    """An average that is longer than the run. steps: of the whole run."""
+    span = round(1 / (1 - optim.ema_decay))
+    if span <= steps:
+        return []
+    text = f"optim.ema_decay={optim.ema_decay:g} averages over about {span:,} steps, but the run has {steps:,}: most of the "
+    text += "average is the weights after the first update."
+    return [Problem("optim.ema_decay", text, f"Use a value below {1 - 1 / steps:.6g}.")]

@@ -35,7 +35,7 @@ from recipes.schema.objective_rules import (
     unused,
 )
 from recipes.schema.optim import OptimConfig, ScheduleConfig
-from recipes.schema.optim_rules import optim_problems
+from recipes.schema.optim_rules import optim_notes, optim_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, mtp_problems, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
@@ -148,7 +148,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
     if idle := unused(recipe.objective):
         text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
-    found += grpo_notes(recipe) + storage_notes(recipe)
+    found += grpo_notes(recipe) + storage_notes(recipe) + optim_notes(recipe.optim, steps=recipe.run.steps)
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision

@@ -223,6 +223,8 @@ class MergeConfig:
     scored with --evaluate, and the best becomes the new run."""
     window: str | None = None
     """Of one run: average its checkpoints from one step to another, FROM:TO, both included; either may be left out."""
+    ema: bool = False
+    """Of one run: write the moving average of its weights (optim.ema_decay) that its newest checkpoint has."""
     weights: str = "equal"
     """Of a window: equal; linear, cosine or minus_sqrt, which emulate this decay of the learning rate; or numbers separated
     by commas, which must sum to 1."""

@@ -42,6 +42,7 @@ _SECTIONS = (
     ("fp32 masters", "optimizer.master."),
     ("first moments", "optimizer.exp_avg."),
     ("second moments", "optimizer.exp_avg_sq."),
+    ("averaged weights", "optimizer.ema."),
     ("random state", "random."),
     ("answers to learn from", "stream."),
 )

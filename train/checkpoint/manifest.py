@@ -29,6 +29,8 @@ from recipes.schema.manifest import sha256 as sha256
 INDEX = "index.json"
 MODEL, MASTER = "model.", "optimizer.master."
 """Prefixes of tensors: the model's weights, and the fp32 masters of weights that are not fp32 themselves."""
+AVERAGE = "optimizer.ema."
+"""Prefix of moving averages of the weights (`optim.ema_decay`)."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

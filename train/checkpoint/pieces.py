@@ -3,6 +3,7 @@
     model.NAME                   weights and buffers, whole-model names, fused projections by component
     optimizer.master.NAME        fp32 master of a weight that is not fp32 itself
     optimizer.exp_avg.NAME       first moment            optimizer.exp_avg_sq.NAME   second moment (AdamW only)
+    optimizer.ema.NAME           moving average of the weights (`optim.ema_decay` only)
 
 Megatron's `sharded_state_dict` gives a local weight's offset in the whole tensor and the components of fused projections. Its
 distributed optimizer gives each data-parallel rank a contiguous range of each flattened local weight. Split at component
@@ -26,7 +27,8 @@ from recipes.schema.errors import CheckpointError
 from train.checkpoint.files import Piece, boxes_of_range
 from train.checkpoint.manifest import MASTER, MODEL
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+MOMENTS = ("exp_avg", "exp_avg_sq", EMA)
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
 
@@ -73,8 +75,9 @@ class OptimizerPart:
     master: torch.Tensor
     """fp32, [end - start]; shares the weight's memory if the weight is fp32."""
     moments: dict[str, torch.Tensor]
+    """`exp_avg`, for AdamW `exp_avg_sq`, and `ema` if the run averages its weights; as the master."""
     group: dict[str, Any]
-    """The optimizer's parameter group: lr, weight_decay, betas, eps, step."""
+    """The optimizer's parameter group: lr, weight_decay, betas, eps, step, ema_decay."""
     largest_update: torch.Tensor | None = None
     """Muon only: the largest element of the last update, before the learning rate. None before the first step."""
 

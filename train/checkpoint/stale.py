@@ -4,6 +4,7 @@ A save is refused as stale if a tensor's fingerprint did not change between two 
 
     moments            are zero, or too small to change (a parameter without gradient)
     fp32 weights       the last update is less than two units in the last place of every element (also: learning rate 0)
+    averages           are so close to the fp32 weights that the decay moves no element
     bf16 weights       equal their rounded fp32 masters, and the masters changed or one of the above explains them
 
 Adam's update is computed from the state itself (arXiv 1711.05101, algorithm 2), so there is nothing to configure. Muon's needs
@@ -16,7 +17,7 @@ import torch
 
 from train.checkpoint import fingerprint
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.pieces import OptimizerPart
+from train.checkpoint.pieces import EMA, OptimizerPart
 
 MIN_ELEMENTS = 16
 _TINY = torch.finfo(torch.float32).tiny
@@ -24,7 +25,7 @@ _ULPS = 2.0**-22
 """Two units in the last place of fp32, relative."""
 
 PartSums = dict[str, Sums]
-"""Fingerprints of a part's pieces: `weight`, `master` (if stored separately), `exp_avg`, and for AdamW `exp_avg_sq`."""
+"""Fingerprints of a part's pieces: `weight`, `master` (if stored separately), and the moments."""
 
 
 def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
@@ -39,7 +40,10 @@ def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
         return f"{wiped[0]} was not zero at the last save and is all zero now"
     still = {name for name, sums in now.items() if before.get(name) == sums}
     for name in part.moments:
-        if name in still and bool((part.moments[name].abs() >= 2 * _TINY).any()):
+        if name not in still:
+            continue
+        may_rest = _average_may_rest(part) if name == EMA else bool((part.moments[name].abs() < 2 * _TINY).all())
+        if not may_rest:
             return f"{name} did not change since the last save"
     exact = "master" if part.has_master else "weight"
     if exact in still and _would_have_moved(part):
@@ -64,6 +68,13 @@ def _would_have_moved(part: OptimizerPart) -> bool:
     second = (part.moments["exp_avg_sq"] / (1 - group["betas"][1] ** updates)).sqrt()
     update = group["lr"] * (first / (second + group["eps"]) + group["weight_decay"] * weight)
     return bool((update.abs() > 2 * _ULPS * weight.abs() + _TINY).any())
+
+
+def _average_may_rest(part: OptimizerPart) -> bool:
+    """Whether the last update moved no element of the average by more than its rounding."""
+    average = part.moments[EMA]
+    change = (1 - part.group["ema_decay"]) * (part.master - average).abs()
+    return bool((change <= 2 * _ULPS * average.abs() + _TINY).all())
 
 
 def _is_rounded_master(part: OptimizerPart) -> bool:

@@ -25,8 +25,9 @@ from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite
+from train.checkpoint.manifest import AVERAGE, DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite
 from train.checkpoint.pieces import (
+    EMA,
     LocalTensor,
     OptimizerPart,
     copied_pieces,
@@ -93,17 +94,20 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     """Fill this rank's weights, optimizer state and random state from a checkpoint of any layout, and verify them.
 
     Collective over the world. Raises CheckpointError on every rank for another model, damage, or content that is not what was
-    saved. The engine is then partly filled: load another checkpoint or do not use it.
+    saved. The engine is then partly filled: load another checkpoint or do not use it. If the checkpoint has no moving average,
+    the average starts from its weights.
     """
     reader, error = _open(folder)
     _raise_if_any(error)
     assert reader is not None
     local_tensors, parts = _local_state(engine)
     has_optimizer = reader.manifest.updates is not None
+    has_average = has_optimizer and any(name.startswith(AVERAGE) for name in reader.manifest.tensors)
     loading = _Loading(reader, engine.mesh.device)
     loading.request(weight_pieces(local_tensors))
     if has_optimizer:
-        loading.request(optimizer_pieces(parts))
+        pieces = optimizer_pieces(parts)
+        loading.request([piece for piece in pieces if has_average or not piece.tensor.startswith(AVERAGE)])
     loading.finish(ignored=() if has_optimizer else ("optimizer.",))
     _copy_back_to_fp8(local_tensors)
     for group in engine.optimizer.param_groups:
@@ -114,6 +118,10 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
         for part in parts:
             for values in part.moments.values():
                 values.zero_()
+    if not has_average:
+        for part in parts:
+            if EMA in part.moments:
+                part.moments[EMA].copy_(part.master)
     _raise_if_any(_error_in(lambda: restore_random_state(reader, engine.mesh)))
     engine.precision.apply_state()
     return reader.manifest
@@ -336,7 +344,7 @@ class _Loading:
             name
             for name in self.names
             if name not in read
-            and not name.startswith((RANDOM, STREAM, MASTER, *ignored))
+            and not name.startswith((RANDOM, STREAM, MASTER, AVERAGE, *ignored))
             and MASTER + name.removeprefix(MODEL) not in read
         }
         missing = {name for names in _all_gather(sorted(self.missing)) for name in names}

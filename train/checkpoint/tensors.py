@@ -17,7 +17,7 @@ from data.system import disk
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
 from train.checkpoint.files import Reader, bytes_of, header_of, label_of, whole_tensor
-from train.checkpoint.manifest import DTYPES, MASTER, MODEL
+from train.checkpoint.manifest import AVERAGE, DTYPES, MASTER, MODEL
 
 _PRECISION_STATE = ".low_precision_"
 
@@ -43,15 +43,24 @@ class StoredTensor:
 class StoredTensors:
     """A checkpoint's weights by name. Reading needs no process group and no model; it is not collective."""
 
-    def __init__(self, folder: Path) -> None:
-        """CheckpointError if the manifest or index in `folder` is not valid."""
+    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
+        """averaged: `read_rows` and `verify` are of the moving averages (`optim.ema_decay`) of trained weights.
+
+        CheckpointError if the manifest or index in `folder` is not valid, or has no averages.
+        """
         self.folder = folder
+        self._precise = (AVERAGE, MASTER) if averaged else (MASTER,)
         self._reader = Reader(folder)
         self.weights = {
             name.removeprefix(MODEL): StoredTensor(record.shape, DTYPES[record.dtype])
             for name, record in self._reader.manifest.tensors.items()
             if name.startswith(MODEL) and _PRECISION_STATE not in name
         }
+        if averaged and not any(name.startswith(AVERAGE) for name in self._reader.manifest.tensors):
+            raise CheckpointError(
+                f"{folder} has no moving average of its weights ({AVERAGE}*). Train with optim.ema_decay, such as 0.999, or "
+                f"average the checkpoints of a run: stratum merge RUN --window FROM:TO --out NEW."
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """One whole weight, in its stored dtype."""
@@ -76,8 +85,8 @@ class StoredTensors:
             )
 
     def _most_precise(self, name: str) -> str:
-        master = MASTER + name
-        return master if master in self._reader.manifest.tensors else MODEL + name
+        stored = self._reader.manifest.tensors
+        return next((prefix + name for prefix in self._precise if prefix + name in stored), MODEL + name)
 
 
 def write_weights(folder: Path, weights: dict[str, StoredTensor], read: Callable[[str], torch.Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""`stratum merge`: a new run from the weighted weights of two models, or of the checkpoints of one run."""
+"""`stratum merge`: a new run from the weighted weights of two models or of the checkpoints of one run, or from the moving average
+that a checkpoint has."""
 
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ _EXAMPLES = """
 stratum merge runs/smoke runs/mine --out runs/merged --alpha 0.5
 stratum merge runs/smoke runs/mine --out runs/best --alpha 0.3,0.5,0.7 --evaluate heldout --rows 2
 stratum merge runs/smoke --out runs/averaged --window 0: --weights minus_sqrt
+stratum merge runs/smoke --out runs/averaged --ema
 """
 _NOTES = """
 The sum is computed in fp32, some rows at a time; checkpoints may be of any layout. The new run has weights without optimizer
 state, and its lineage. It trains on (stratum train runs/merged), generates and is exported like any run.
-Two models: training starts at step 0. A window: training continues at its last step.
+Two models: training starts at step 0. A window or --ema: training continues at its last step.
 """
 
 
@@ -36,16 +38,17 @@ def main(arguments: Sequence[str]) -> int:
     config = parser.fields(MergeConfig, parsed)
     if config.out is None:
         parser.error("--out is missing: name the folder of the new run, such as --out runs/merged.")
-    wanted = "--alpha 0.5" if len(parsed.models) > 1 else "--window FROM:TO"
+    wanted = "--alpha 0.5" if len(parsed.models) > 1 else "--window FROM:TO or --ema"
     if len(parsed.models) > 2:
         parser.error(f"two models at most, not {len(parsed.models)}. Merge two, then the result with the third.")
-    if (config.alpha is None) == (len(parsed.models) == 2) or (config.window is None) == (len(parsed.models) == 1):
+    of_one_run = (config.window is not None) + config.ema
+    if (config.alpha is None) == (len(parsed.models) == 2) or of_one_run != (len(parsed.models) == 1):
         parser.error(
             f"{len(parsed.models)} model{'s take' if len(parsed.models) > 1 else ' takes'} {wanted} and no other."
         )
     if config.alpha is not None and ("," in config.alpha) != (config.evaluate is not None):
         parser.error("several values of --alpha and --evaluate go together: the best one becomes the new run.")
-    if config.window is not None and config.evaluate is not None:
+    if of_one_run and config.evaluate is not None:
         parser.error("--evaluate chooses between values of --alpha. Evaluate an average with `stratum evaluate`.")
     try:
         # importing torch takes seconds; --help and usage errors do not need it

@@ -49,6 +49,12 @@ def run_merge(config: MergeConfig, places: list[Path], out: Path) -> int:
         rule = {"window": config.window, "weights": config.weights, "final_fraction": config.final_fraction}
         _write(out, sources, weights, rule, console=console, keep_step=True)
         return 0
+    if config.ema:
+        sources = [source_at(places[0])]
+        check_sources(sources)
+        rule = {"ema_decay": recipe_from_mapping(sources[0].manifest.recipe).optim.ema_decay}
+        _write(out, sources, [1.0], rule, console=console, keep_step=True, averaged=True)
+        return 0
     assert config.alpha is not None
     alphas = _alphas(config.alpha)
     sources = [source_at(place) for place in places]
@@ -76,10 +82,13 @@ def _write(
     console: Console,
     keep_step: bool,
     files: dict[str, str] | None = None,
+    averaged: bool = False,
 ) -> None:
     size = sum(record.bytes for name, record in sources[0].manifest.tensors.items() if name.startswith("model."))
     with progress(f"merging {out.name}", size, is_shown=size >= _BAR_FROM_BYTES) as advance:
-        manifest = write_run(out, sources, weights, rule=rule, keep_step=keep_step, advance=advance, files=files)
+        manifest = write_run(
+            out, sources, weights, rule=rule, keep_step=keep_step, advance=advance, files=files, averaged=averaged
+        )
     for source, weight in zip(sources, weights, strict=True):
         console.print(printable(f"  {weight:.6f}  {source.path}", most=1000))
     count = parameters(recipe_from_mapping(manifest.recipe).model).total

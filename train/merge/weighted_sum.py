@@ -159,13 +159,13 @@ def _blocks(tensor: StoredTensor) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 def write_run(
     out: Path, sources: Sequence[Source], weights: Sequence[float], *, rule: dict[str, Any], keep_step: bool,
-    advance: Advance, files: dict[str, str] | None = None,
+    advance: Advance, files: dict[str, str] | None = None, averaged: bool = False,
 ) -> Manifest:  # fmt: skip
     """Merge checkpoints into a new run folder `out`, complete or not at all. -> its manifest.
 
     rule: how the weights were chosen, for the lineage. keep_step: continue the data and the schedule of the last source;
-    otherwise training starts at step 0. files: texts to write next to it, by name. Raises RecipeError, CheckpointError,
-    NumericsError.
+    otherwise training starts at step 0. averaged: read the sources' moving averages of weights. files: texts to
+    write next to it, by name. Raises RecipeError, CheckpointError, NumericsError.
     """
     last = sources[-1]
     base = last if keep_step else sources[0]
@@ -189,7 +189,11 @@ def write_run(
         writing = checkpoints / ".writing"
         writing.mkdir(parents=True)
         merge_weights(
-            [StoredTensors(source.path) for source in sources], weights, writing, formats=formats, advance=advance
+            [StoredTensors(source.path, averaged=averaged) for source in sources],
+            weights,
+            writing,
+            formats=formats,
+            advance=advance,
         )
         final = checkpoints / name_of(state.step)
         storage.publish(writing, final, state)

@@ -1,4 +1,5 @@
-"""AdamW, and Muon for matrices, over fp32 masters, sharded over the data-parallel ranks by Megatron's distributed optimizer.
+"""AdamW, and Muon for matrices, over fp32 masters, and a moving average of these. Megatron's distributed optimizer shards all of
+them over the data-parallel ranks.
 
 Megatron stores parameters, gradients and optimizer state in flat buffers and gives each data-parallel rank a slice; the
 arithmetic on a slice is ordinary Adam. This project has its own Adam because Megatron's checkpoints expect the step count in
@@ -32,7 +33,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, algorithm 2) with its step count in the parameter group.
 
     State of a parameter: `exp_avg`, `exp_avg_sq`, both fp32 and of its shape. One fused kernel per group. Groups with `muon` are
-    left to `self.muon`.
+    left to `self.muon`. In groups with `ema_decay` a parameter also has `ema`, the moving average of its values.
     """
 
     muon: Muon | None = None
@@ -84,6 +85,16 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
             group["step"] = int(done) + 1
+        for group in self.param_groups:
+            if "ema_decay" in group:
+                self._average(group)
+
+    def _average(self, group: dict[str, Any]) -> None:
+        """The first update starts the average, as in torch.optim.swa_utils.AveragedModel: initial weights are not in it."""
+        params = [p.detach() for p in group["params"] if p.numel() > 0]
+        averages = [self.state[p]["ema"] for p in group["params"] if p.numel() > 0]
+        if params:
+            torch._foreach_lerp_(averages, params, 1.0 if group["step"] == 1 else 1.0 - group["ema_decay"])
 
 
 def build_optimizer(
@@ -132,6 +143,9 @@ def build_optimizer(
     )
     for part in _parts(optimizer):
         _repair_group_index(part)
+        for group in part.optimizer.param_groups:
+            if optim.ema_decay:
+                group["ema_decay"] = optim.ema_decay
         _create_moments(part.optimizer)
         if cuts:
             part.optimizer.muon = Muon(part, cuts, config=optim.muon, mesh=mesh)
@@ -158,6 +172,8 @@ def _create_moments(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter.data)
             if not group.get("muon"):
                 optimizer.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter.data)
+            if "ema_decay" in group:
+                optimizer.state[parameter]["ema"] = parameter.data.clone()
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -43,6 +43,7 @@ class RankMemory:
     gradients: int
     masters: int
     moments: int
+    """Moments, and the moving average of the weights."""
     low_copies: int
     """Low-precision copies of the weights, plain and transposed (`te`)."""
     activations: float
@@ -88,8 +89,10 @@ def optimizer_state(
     shard: int | None = None,
     expert_shard: int | None = None,
     muon: bool = False,
+    ema: bool = False,
 ) -> "State":
-    """Bytes of weights, gradients and optimizer state of a pipeline rank. muon: matrices have no second moment.
+    """Bytes of weights, gradients and optimizer state of a pipeline rank. muon: matrices have no second moment. ema: weights have
+    a moving average.
 
     shard, expert_shard: its index among the data-parallel x context ranks, and among the ranks with its experts. None: an equal
     part of each bucket including padding, an upper bound for all ranks.
@@ -103,6 +106,7 @@ def optimizer_state(
         shard=shard,
         expert_shard=expert_shard,
         muon=muon,
+        ema=ema,
     )
 
 
@@ -117,6 +121,7 @@ def _state(
     shard: int | None,
     expert_shard: int | None,
     muon: bool,
+    ema: bool,
 ) -> "State":
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
@@ -152,7 +157,7 @@ def _state(
             weights += buffer.numel * (4 if is_fp32 else size)
             gradients += buffer.numel * 4
             masters += 0 if is_fp32 else 4 * own_numel
-            moments += 8 * own_numel
+            moments += (12 if ema else 8) * own_numel
             if muon:
                 places = range(ranks) if rank is None else [rank]
                 matrices = [buffer.shard_of_matrices(place, ranks) for place in places]
@@ -194,14 +199,17 @@ def rank_memory(
     caches: float = 0.0,
     distils: bool = False,
     muon: bool = False,
+    ema: bool = False,
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage.
 
     rows: rows of a microbatch. teacher: bytes of frozen models on this stage. caches: bytes in use while answers are
     generated. distils: whether the loss is distillation, which keeps the logits of only one chunk of tokens at a time. muon:
-    whether Muon updates the matrices, when no activations are in use.
+    whether Muon updates the matrices, when no activations are in use. ema: as in `optimizer_state`.
     """
-    state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage, muon=muon)
+    state = optimizer_state(
+        model, parallel=parallel, precision=precision, layout=layout, stage=stage, muon=muon, ema=ema
+    )
     kept, workspace = stage_activations(
         model,
         parallel=parallel,

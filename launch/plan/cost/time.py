@@ -38,6 +38,8 @@ class Parts(defaultdict[str, float]):
 
 OPTIMIZER_BYTES = 30.0
 """Memory traffic of AdamW per parameter: gradient 4, master and two moments read and written 24, weight written 2."""
+AVERAGE_BYTES = 12.0
+"""Traffic of the moving average per parameter: master read 4, average read and written 8."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Setting:
     """Seconds that a teacher adds to each microbatch on the last stage (`launch.plan.teacher`)."""
     muon: MuonConfig | None = None
     """How Muon updates matrices; None: AdamW updates them."""
+    ema: bool = False
+    """Whether the optimizer averages the weights."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -112,7 +116,8 @@ def step_time(setting: Setting) -> StepTime:
         dense / shards + experts / layout.expert_data
         for dense, experts in (_rank_weights(setting, stage) for stage in range(layout.pipeline))
     )
-    parts["optimizer"] += OPTIMIZER_BYTES * owned / (setting.device.hbm * setting.efficiency.hbm)
+    bytes_each = OPTIMIZER_BYTES + (AVERAGE_BYTES if setting.ema else 0)
+    parts["optimizer"] += bytes_each * owned / (setting.device.hbm * setting.efficiency.hbm)
     if setting.muon is not None:
         parts["optimizer"] += max(muon_seconds(setting, stage, muon=setting.muon) for stage in range(layout.pipeline))
     nodes = max(1.0, layout.world / setting.device.node)

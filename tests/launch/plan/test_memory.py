@@ -93,7 +93,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {**MIXED, "model.mtp.depths": 2, "model.mtp.repeated": True, "model.mtp.pattern": "*E", "parallel.expert": 2},
     ),
-    "muon dp2": (2, {"optim.kind": "muon"}),
+    "muon dp2": (2, {"optim.kind": "muon", "optim.ema_decay": 0.9}),
     "muon tp2 sp ep2 etp2 dp2 bf16": (
         4,
         {
@@ -136,7 +136,9 @@ def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
             "weights": sum(b.param_data.numel() * b.param_data.element_size() for b in built),
             "gradients": sum(b.grad_data.numel() * b.grad_data.element_size() for b in built),
             "masters": sum(one.numel() * one.element_size() for one in masters),
-            "moments": sum(s[k].numel() * s[k].element_size() for s in moments for k in s if k.startswith("exp_avg")),
+            "moments": sum(
+                s[k].numel() * s[k].element_size() for s in moments for k in s if k.startswith(("exp_avg", "ema"))
+            ),
             "activations": saved.peak,
         }
 
@@ -165,6 +167,7 @@ def test_predicted_bytes_are_the_built_models(name: str, teacher: Path) -> None:
             shard=shard,
             expert_shard=copy,
             muon=recipe.optim.kind == "muon",
+            ema=recipe.optim.ema_decay > 0,
         )
         for what in ("weights", "gradients", "masters", "moments"):
             assert getattr(state, what) == found[what], (rank, what)

@@ -31,6 +31,7 @@ from train.checkpoint.stale import MIN_ELEMENTS
 
 OLD, NEW = 2, 4
 MUON = {"optim.kind": "muon"}
+AVERAGED = {"optim.ema_decay": 0.5}
 
 
 @pytest.fixture
@@ -232,22 +233,26 @@ def test_a_real_limit_of_the_system_is_reported(tmp_path: Path) -> None:
 
 def spoil_and_save(rank: int, folder: Path, spoil: str) -> str:
     """Save, train, corrupt the tensors in memory, save again. -> the second save's error."""
-    recipe, spoil = (with_fields(SMALL, MUON), spoil.removesuffix(", Muon")) if "Muon" in spoil else (SMALL, spoil)
+    is_muon, spoil = "Muon" in spoil, spoil.removesuffix(", Muon")
+    recipe = with_fields(SMALL, MUON if is_muon else AVERAGED)
     with engine_of(recipe, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         steps_of(engine, recipe, range(1))
         checkpoints.save(engine, RunState(step=1, position=4, data_hash="h"))
         named = engine.chunks[0].module.named_parameters()
-        end = "linear_fc1.weight" if recipe is not SMALL else "embeddings.weight"
+        end = "linear_fc1.weight" if is_muon else "embeddings.weight"
         weight = next(p for name, p in named if p.numel() >= MIN_ELEMENTS and name.endswith(end))
-        before = weight.detach().clone()
-        steps_of(engine, recipe, range(1, 2))
         moments = [engine.optimizer.chained_optimizers[0].optimizer.state[p] for p in _mains(engine, weight)]
+        before = weight.detach().clone()
+        average = None if is_muon else moments[0]["ema"].clone()
+        steps_of(engine, recipe, range(1, 2))
         match spoil:
             case "weight frozen":
                 weight.data.copy_(before)
             case "weight zeroed":
                 weight.data.zero_()
+            case "average frozen":
+                moments[0]["ema"].copy_(average)
             case "moment zeroed":
                 moments[0]["exp_avg"].zero_()
             case "buffer of the save before":
@@ -284,6 +289,7 @@ def stale_copy(checkpoints: CheckpointFolder) -> None:
         ("weight frozen", "the fp32 weight did not change"),
         ("weight zeroed", "was not zero at the last save and is all zero now"),
         ("moment zeroed", "exp_avg was not zero at the last save"),
+        ("average frozen", "ema did not change since the last save"),
         ("buffer of the save before", "differs from the model"),
         ("weight frozen, Muon", "the fp32 weight did not change"),
         ("moment zeroed, Muon", "exp_avg was not zero at the last save"),
@@ -312,9 +318,9 @@ def train_with_no_learning_rate(rank: int, folder: Path, recipe: Recipe) -> None
             checkpoints.save(engine, RunState(step=step + 1, position=0, data_hash="h"))
 
 
-@pytest.mark.parametrize("optimizer", [{}, MUON], ids=["AdamW", "Muon"])
-def test_weights_that_rightly_stand_still_are_saved(optimizer: dict[str, str], tmp_path: Path) -> None:
-    """A learning rate of zero (the first step of a warm-up): weights stay, moments move."""
+@pytest.mark.parametrize("optimizer", [AVERAGED, MUON], ids=["AdamW", "Muon"])
+def test_weights_that_rightly_stand_still_are_saved(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    """A learning rate of zero (the first step of a warm-up): weights and their average stay, moments move."""
     run_ranks(1, train_with_no_learning_rate, tmp_path, with_fields(SMALL, optimizer))
     one, two = contents(tmp_path)[1], contents(tmp_path)[2]
     assert all(one[name] == two[name] for name in one if name.startswith("model."))

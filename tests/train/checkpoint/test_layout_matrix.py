@@ -42,7 +42,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "model.mtp.pattern": "*M",
         "model.tie_embeddings": True,
     },
-    "Muon": {**MIXTURE, "model.pattern": "ME*-", "model.activation": "swiglu", "optim.kind": "muon"},
+    "Muon": {
+        **MIXTURE,
+        "model.pattern": "ME*-",
+        "model.activation": "swiglu",
+        "optim.kind": "muon",
+        "optim.ema_decay": 0.5,
+    },
     "attention": {"model.pattern": "*-*-*-*-", "model.activation": "swiglu", "model.tie_embeddings": True},
 }
 PRECISIONS: dict[str, dict[str, Any]] = {
