@@ -167,9 +167,10 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
 
 def _next_token(recipe: Recipe, mesh: Mesh) -> Objective:
     """The next-token objective, with the losses of further depths if the model has them."""
-    mtp, reset = recipe.model.mtp, recipe.data.reset_at_documents
+    mtp, reset, z_loss = recipe.model.mtp, recipe.data.reset_at_documents, recipe.objective.z_loss
     if not mtp.depths:
-        return Objective(next_token.forward_step(mesh, reset_at_documents=reset))
+        step = next_token.forward_step(mesh, reset_at_documents=reset, z_loss=z_loss)
+        return Objective(step, next_token.Z_LOSS_PARTS if z_loss else ())
     return Objective(
         several_tokens.forward_step(mesh, mtp, reset_at_documents=reset),
         several_tokens.parts_of(mtp),

@@ -22,7 +22,11 @@ class ObjectiveConfig:
     """`next_token`: cross-entropy of the labels. `distill`: match a teacher's whole distribution (Gemma 2,
     arXiv 2408.00118; Minitron, arXiv 2407.14679). `dpo`: make the better of two answers more likely than the worse one, compared
     with a reference. `reward`: give the better of two answers the higher reward. `grpo`: raise the rewards of the model's own
-    answers. A nested group belongs to the kind of its name, all other fields to `distill`."""
+    answers. A nested group belongs to the kind of its name, `z_loss` to `next_token`, all other fields to `distill`."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the squared log-sum-exp of the logits, which is added to the loss of each label and keeps logits small
+    (PaLM, arXiv 2204.02311, section 5: 1e-4). Logits are those of the softmax, after `model.logit_softcap`. The reported loss
+    does not contain it. 0: none."""
     dpo: DpoConfig = field(default_factory=DpoConfig)
     """Direct preference optimisation."""
     reward: RewardConfig = field(default_factory=RewardConfig)

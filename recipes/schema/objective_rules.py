@@ -40,6 +40,16 @@ def mtp_objective_problems(recipe: Recipe) -> list[Problem]:
     return [Problem("model.mtp.depths", text, remedy)]
 
 
+def z_loss_problems(recipe: Recipe) -> list[Problem]:
+    """A z-loss where nothing adds it."""
+    objective, depths = recipe.objective, recipe.model.mtp.depths
+    if not objective.z_loss or (objective.kind == "next_token" and not depths):
+        return []
+    where = f"model.mtp.depths={depths}" if objective.kind == "next_token" else f"objective.kind={objective.kind}"
+    text = f"objective.z_loss={objective.z_loss:g} does nothing with {where}: only the loss of the next token alone has it."
+    return [Problem("objective.z_loss", text, "Use objective.z_loss=0.")]
+
+
 def without_mtp_problems(model: ModelConfig, *, place: str, what: str, key: str) -> list[Problem]:
     """A model with further depths where a tool does not support them. place: the checkpoint; what: the tool; key: its field."""
     if not model.mtp.depths:
@@ -94,15 +104,18 @@ def language_model_problems(model: ModelConfig, *, place: str, key: str = "model
 def unused(objective: ObjectiveConfig) -> str:
     """Fields of an objective that are set but not used, for messages; empty if all are used.
 
-    A section belongs to the kind of its name, all other fields to `distill`.
+    A section belongs to the kind of its name, `z_loss` to `next_token`, all other fields to `distill`.
     """
     found: list[str] = []
     for field in dataclasses.fields(objective):
         value, default = getattr(objective, field.name), getattr(ObjectiveConfig(), field.name)
-        owner = field.name if dataclasses.is_dataclass(value) else "distill"
+        owner = field.name if dataclasses.is_dataclass(value) else _OWNERS.get(field.name, "distill")
         if field.name != "kind" and owner != objective.kind:
             found += _changed(f"objective.{field.name}", value, default)
     return ", ".join(found)
+
+
+_OWNERS = {"z_loss": "next_token"}
 
 
 def _changed(key: str, value: Any, default: Any) -> list[str]:

@@ -22,6 +22,7 @@ from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.expert_rules import expert_precision_problems, expert_problems
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
+from recipes.schema.foreign import printable
 from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
@@ -33,6 +34,7 @@ from recipes.schema.objective_rules import (
     mtp_objective_problems,
     reward_problems,
     unused,
+    z_loss_problems,
 )
 from recipes.schema.optim import OptimConfig, ScheduleConfig
 from recipes.schema.optim_rules import optim_notes, optim_problems
@@ -82,6 +84,7 @@ def problems(
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
         *mtp_objective_problems(recipe),
+        *z_loss_problems(recipe),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
         *optim_problems(recipe.optim, recipe.model),
@@ -421,6 +424,9 @@ def _run_problems(
         check_folder(folder, recipe)
     except RecipeError as error:
         found.append(Problem("run.name", str(error)))
+    except OSError as error:  # also a name that is too long for the system
+        text = f"{printable(str(folder))} cannot be read: {error.strerror or error}."
+        found.append(Problem("run.name", text, "Make it readable, or choose another run.name."))
     if disk.newest is not None and disk.newest.manifest is not None:
         found += resume_problems(
             recipe,

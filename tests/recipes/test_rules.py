@@ -321,6 +321,14 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"optim.muon.momentum": 0.9, "optim.muon.nesterov": False},
         "optim.muon.momentum=0.9 does nothing, because optim.kind=adamw. Use optim.kind=muon, or leave it out.",
     ),
+    "a z-loss of another objective": (
+        DISTIL | {"objective.z_loss": 1e-4},
+        "objective.z_loss=0.0001 does nothing with objective.kind=distill: only the loss of the next token alone has it.",
+    ),
+    "a z-loss of several tokens": (
+        {"objective.z_loss": 1e-4, "model.mtp.depths": 1},
+        "objective.z_loss=0.0001 does nothing with model.mtp.depths=1: only the loss of the next token alone has it.",
+    ),
     "schedule": ({"schedule.warmup": 50}, "schedule.warmup=50 + schedule.decay=0 steps are longer than the whole"),
     "layout": ({"parallel.tensor": 3}, "parallel.tensor=3 does not divide"),
     "hidden layers": (
@@ -339,6 +347,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "evaluate.tasks: human-eval runs code that the model wrote.",
     ),
     "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, but"),
+    "a name too long for the system": ({"run.name": 256 * "x"}, "has a part longer than 200 bytes"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 

@@ -36,7 +36,7 @@ from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.checked_linears import attach_checks
 from train.model.context import RowContext
-from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
+from train.model.cross_entropy import cross_entropy_and_log_sums, soft_cap
 from train.model.experts import ExpertLayer, router_options
 from train.model.head import ScalarHead, hidden_states, likeliest_ids, token_rows
 from train.model.initial import initialize
@@ -111,6 +111,21 @@ class Model(HybridModel):
             right.append(likeliest_ids(self, logits_SBV).t() == label_BS)
         return torch.stack([*losses, *(flags.to(losses[0].dtype) for flags in right)])
 
+    def losses_and_log_sums(
+        self,
+        tokens_BS: torch.Tensor,
+        positions_BS: torch.Tensor,
+        *,
+        labels_BS: torch.Tensor,
+        context: RowContext | None,
+    ) -> torch.Tensor:
+        """The last stage: losses, and the log-sum-exps of the logits, [2, rows, sequence]. Other stages: their output. Collective
+        over the tensor and context groups."""
+        hidden_SBH = hidden_states(self, tokens_BS, positions_BS, context=context)
+        if not self.post_process:
+            return hidden_SBH
+        return torch.stack(self._losses(labels_BS, self._logits(hidden_SBH)))
+
     def depth(self, depth: int) -> Depth:
         """The module of a further depth, from 0; with `model.mtp.repeated` always the same."""
         layers = self.mtp.layers
@@ -122,18 +137,26 @@ class Model(HybridModel):
         return self.output_layer(hidden_SBH, weight=weight)[0]
 
     def forward(
-        self, *args: Any, labels: torch.Tensor | None = None, ahead: Ahead | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        ahead: Ahead | None = None,
+        log_sums: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses, with labels and `ahead` the
-        losses of all depths (`losses_of_depths`).
+        losses of all depths (`losses_of_depths`), with labels and `log_sums` also the log-sum-exps of the logits
+        (`losses_and_log_sums`).
 
         With a scalar head it returns rewards, fp32 [rows, sequence], and takes no labels.
         """
         assert labels is None or not self.has_scalar_head, "a reward model predicts no tokens"
-        if ahead is not None:
+        if ahead is not None or log_sums:
             assert labels is not None
             tokens, positions, _mask = args
             context = kwargs["packed_seq_params"]
+            if ahead is None:
+                return self.losses_and_log_sums(tokens, positions, labels_BS=labels, context=context)
             return self.losses_of_depths(tokens, positions, labels_BS=labels, ahead=ahead, context=context)
         output = super().forward(*args, labels=labels, **kwargs)
         if not self.post_process or labels is not None:
@@ -159,17 +182,21 @@ class Model(HybridModel):
 
         Collective over the tensor group.
         """
+        return self._losses(labels, logits)[0]
+
+    def _losses(self, labels_BS: torch.Tensor, logits_SBV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, log-sum-exps of the logits), each [rows, sequence]. Collective over the tensor group."""
         softcap = self.logit_softcap
         if self.temperature != 1:  # cap tanh(x / cap) / T = (cap / T) tanh((x / T) / (cap / T))
-            logits, softcap = logits / self.temperature, softcap and softcap / self.temperature
-        loss_SB = vocab_parallel_cross_entropy(
-            logits,
-            labels.t().contiguous(),
+            logits_SBV, softcap = logits_SBV / self.temperature, softcap and softcap / self.temperature
+        loss_SB, log_sum_SB = cross_entropy_and_log_sums(
+            logits_SBV,
+            labels_BS.t().contiguous(),
             group=self.pg_collection.tp,
             softcap=softcap,
             padding=self.vocab_padding,
         )
-        return loss_SB.t()
+        return loss_SB.t(), log_sum_SB.t()
 
 
 def _times_root_of_hidden(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         cap: float | None,
         padding: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits_SBV = logits_SBV.contiguous()
         slice_size = logits_SBV.shape[-1]
         real = token_rows(slice_size, padding, group)
@@ -49,13 +49,27 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(target, group=group)
         ctx.save_for_backward(logits_SBV, log_sum, labels)
         ctx.cap, ctx.real = cap, real
-        return (log_sum - target).view(labels_SB.shape)
+        ctx.set_materialize_grads(False)
+        return (log_sum - target).view(labels_SB.shape), log_sum.clone().view(labels_SB.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_SB: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_SB: torch.Tensor, grad_log_sum_SB: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None, None]:
         logits_SBV, log_sum, labels = ctx.saved_tensors
         logits_SBV.detach()[..., ctx.real :] = 0
-        _gradients_(_lines(logits_SBV, ctx.real), labels, log_sum, grad_SB.reshape(-1).contiguous(), ctx.cap)
+        lines, grad = _lines(logits_SBV, ctx.real), grad_SB.reshape(-1)
+        if grad_log_sum_SB is None:
+            _gradients_(lines, labels, log_sum, grad.contiguous(), ctx.cap)
+            return logits_SBV.detach(), None, None, None, None
+        # g softmax + h (softmax - onehot) = (g + h) (softmax - onehot) + g onehot
+        extra = grad_log_sum_SB.reshape(-1)
+        at_label = labels.clamp(min=0)[:, None]
+        onehot = extra * (labels >= 0)
+        if ctx.cap is not None:
+            onehot = onehot * (1 - torch.tanh(lines.gather(1, at_label)[:, 0].float() / ctx.cap) ** 2)
+        _gradients_(lines, labels, log_sum, (grad + extra).contiguous(), ctx.cap)
+        lines.scatter_add_(1, at_label, onehot[:, None].to(lines.dtype))
         return logits_SBV.detach(), None, None, None, None
 
 
@@ -138,4 +152,17 @@ def vocab_parallel_cross_entropy(
     -> [sequence, rows]. The backward pass overwrites `logits_SBV` (if contiguous, else a copy), so it can run only once.
     Collective over `group` in the forward pass.
     """
+    return cross_entropy_and_log_sums(logits_SBV, labels_SB, group=group, softcap=softcap, padding=padding)[0]
+
+
+def cross_entropy_and_log_sums(
+    logits_SBV: torch.Tensor,
+    labels_SB: torch.Tensor,
+    *,
+    group: dist.ProcessGroup,
+    softcap: float | None = None,
+    padding: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`vocab_parallel_cross_entropy`, log-sum-exp of the same logits), each [sequence, rows], fp32. The loss must take part in
+    the backward pass."""
     return _VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, group, softcap, padding)

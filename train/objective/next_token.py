@@ -1,5 +1,12 @@
 """The next-token objective: mean cross-entropy of a step's labels, in nats. Supervised fine-tuning is this objective on chats,
-where the labels that are learned are the assistant's (`Batch.learned`)."""
+where the labels that are learned are the assistant's (`Batch.learned`).
+
+With a z-loss (`objective.z_loss`; PaLM, arXiv 2204.02311, section 5) the gradient is of
+
+    mean over the labels of [cross-entropy + coefficient * (log sum exp logits)^2]
+
+with the logits that the softmax sees, after a soft cap. Reported are the cross-entropy and, as a part, the other term.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +49,11 @@ def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows
     return LocalRows(tokens, labels, positions=where.expand_as(tokens), learned=learned, context=context)
 
 
+Z_LOSS_PARTS = ("z_loss",)
+
+
 def forward_step(
-    mesh: Mesh, *, reset_at_documents: bool
+    mesh: Mesh, *, reset_at_documents: bool, z_loss: float = 0.0
 ) -> Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]]:
     """The function that Megatron's schedules call for each microbatch: run the model and return (output, loss function).
 
@@ -53,20 +63,35 @@ def forward_step(
 
     Where not all labels are learned, microbatches differ in how many are, and the sum is divided by the mean number of learned
     labels of the step's microbatches (`train.objective.step_counts`) instead.
+
+    z_loss: its coefficient. If it is not 0, the report is [loss, *Z_LOSS_PARTS].
     """
     context_ranks = mesh.groups.cp.size()
 
     def step(microbatches: Any, model: torch.nn.Module) -> Any:
         batch = next(microbatches)
         rows = local_rows(batch, mesh, reset_at_documents=reset_at_documents)
-        output = model(rows.tokens, rows.positions, None, labels=rows.labels, packed_seq_params=rows.context)
+        output = model(
+            rows.tokens,
+            rows.positions,
+            None,
+            labels=rows.labels,
+            packed_seq_params=rows.context,
+            **({"log_sums": True} if z_loss else {}),
+        )
 
-        def loss_of(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def mean(token_losses: torch.Tensor) -> torch.Tensor:
             if rows.learned is None:
-                loss = token_losses.sum() / (token_losses.numel() * context_ranks)
-            else:
-                loss = torch.where(rows.learned, token_losses, 0).sum() / batch.per_microbatch()[0]
-            return loss, loss.detach().clone()
+                return token_losses.sum() / (token_losses.numel() * context_ranks)
+            return torch.where(rows.learned, token_losses, 0).sum() / batch.per_microbatch()[0]
+
+        def loss_of(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if not z_loss:
+                loss = mean(output)
+                return loss, loss.detach().clone()
+            token_losses, log_sums = output
+            terms = torch.stack([mean(token_losses), z_loss * mean(log_sums**2)])
+            return terms.sum(), terms.detach().clone()
 
         return output, loss_of
 
