@@ -57,7 +57,7 @@ STOREYS = (
     ("train.record", "train.parallel", "train.hf.config"),
     ("train.precision", "train.optim", "train.quantize"),
     ("train.model",),
-    ("train.objective", "train.engine", "train.align.losses"),
+    ("train.objective", "train.engine", "train.align.losses", "train.align.log_prob_gap"),
     ("train.step", "train.checkpoint", "train.report"),
     ("train.copies", "train.integrity"),
     (
