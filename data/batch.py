@@ -1,10 +1,18 @@
-"""What the trainer gets: rows of tokens with their labels."""
+"""What the trainer gets: rows of tokens with their labels.
+
+torch takes seconds to import. `stratum inspect` and `stratum trace` make no batches, so it is imported where tensors are made.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,10 @@ class Batch:
     """Mean numbers, over the microbatches of a step on all ranks, of what the objective counts, such as learned labels. Set by
     the trainer if it counts anything. It may wait for the other ranks."""
 
-    def select(self, rows: np.ndarray) -> "Batch":
+    def select(self, rows: np.ndarray) -> Batch:
         """A copy of some of the rows, in the given order. A row may occur twice."""
+        import torch  # takes seconds: see above
+
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return Batch(
             tokens=self.tokens[index],
@@ -54,7 +64,7 @@ class Batch:
             per_microbatch=self.per_microbatch,
         )
 
-    def part(self, start: int, stop: int) -> "Batch":
+    def part(self, start: int, stop: int) -> Batch:
         """Rows start to stop, as views of the same memory."""
         return Batch(
             tokens=self.tokens[start:stop],
@@ -69,7 +79,7 @@ class Batch:
             per_microbatch=self.per_microbatch,
         )
 
-    def pinned(self) -> "Batch":
+    def pinned(self) -> Batch:
         """A copy in page-locked memory, from which a GPU can copy asynchronously."""
         return Batch(
             tokens=self.tokens.pin_memory(),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.batch import Batch
 from data.order.blend import Blend, blend_of
@@ -145,6 +144,8 @@ class Dataset:
     def _batch(
         self, parts: list[Rows], arrays: BatchArrays, source: np.ndarray, row: np.ndarray, positions: np.ndarray
     ) -> Batch:
+        import torch  # takes seconds, and `stratum inspect` and `stratum trace` make no batches
+
         learned, ranked = self._learned(parts, source, row), _ranked(parts, source, row)
         return Batch(
             tokens=torch.from_numpy(arrays.tokens),
