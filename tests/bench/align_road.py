@@ -44,8 +44,7 @@ WINDOW_EVERY = 20
 SFT_STEPS, SFT_RATE = 600, 0.002
 SKILL_STEPS, SKILL_RATE = {"digits": 160, "words": 120}, 0.001
 KL_BOUND = 2.0
-"""Most divergence of RLHF from its start, nats per token: the reward model's scores differ by about 2, and `kl_weight` makes 2 nats
-cost 5 % of that for each token."""
+"""Most divergence of RLHF from its start, nats per token. Set before the run: with other chats it was 1.7."""
 GAMED_REWARD = [
     "tiny_align_reward", "run.name=gamed_reward", f"data.folder={FOLDER}/prepared/gamed",
     f"data.sources.rankings.path={DATA}/gamed.jsonl", "run.steps=60",
