@@ -23,7 +23,7 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 	@bash tests/launch/slurm/install_slurm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "$(SLURM_TESTS)" tests/launch/slurm
 
-test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://; trackers
+test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine and TRL, on the CPU; data behind S3 and gs://; trackers
 	@bash tests/parity/install.sh
 	@bash tests/data/sources/install_clouds.sh
 	@bash tests/train/evaluate/install_harness.sh
@@ -36,6 +36,8 @@ test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL a
 	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py tests/train/evaluate/test_function_calls.py
 	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align
 	@.trackers/bin/python -m pytest -q -m oracle tests/train/record
+
+test-vllm: setup ## compare generation and quantised exports with vLLM, on the CPU (installs it: 8 minutes; not part of CI)
 	@bash tests/parity/install_vllm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
 
@@ -106,5 +108,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .docs .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help docs setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe bench-resilience precision-gap compress-curves bench-align align-road clean validate-plan
+.PHONY: help docs setup smoke test test-slow test-slurm test-oracle test-vllm test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe bench-resilience precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help

@@ -1,10 +1,18 @@
-"""What the trainer gets: rows of tokens with their labels."""
+"""What the trainer gets: rows of tokens with their labels.
+
+torch takes seconds to import. `stratum inspect` and `stratum trace` make no batches, so it is imported where tensors are made.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,10 @@ class MediaBatch:
     clip_slots: torch.Tensor
     """[clips] int64: index in `tokens` of its first placeholder. `data.media.audio_stride` frames have one."""
 
-    def select(self, rows: Sequence[int]) -> "MediaBatch":
+    def select(self, rows: Sequence[int]) -> MediaBatch:
         """The media of some rows, in the given order. A row may occur twice."""
+        import torch  # takes seconds: see above
+
         patches = self.patches.split((self.grids[:, 0] * self.grids[:, 1]).tolist())
         mels = self.mels.split(self.clip_frames.tolist())
         images = [(new, int(at)) for new, old in enumerate(rows) for at in (self.image_rows == old).nonzero()]
@@ -47,7 +57,7 @@ class MediaBatch:
             clip_slots=self.clip_slots[clip_at],
         )
 
-    def pinned(self) -> "MediaBatch":
+    def pinned(self) -> MediaBatch:
         """A copy in page-locked memory."""
         return MediaBatch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
@@ -85,8 +95,10 @@ class Batch:
     """Mean numbers, over the microbatches of a step on all ranks, of what the objective counts, such as learned labels. Set by
     the trainer if it counts anything. It may wait for the other ranks."""
 
-    def select(self, rows: np.ndarray) -> "Batch":
+    def select(self, rows: np.ndarray) -> Batch:
         """A copy of some of the rows, in the given order. A row may occur twice."""
+        import torch  # takes seconds: see above
+
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return Batch(
             tokens=self.tokens[index],
@@ -102,7 +114,7 @@ class Batch:
             per_microbatch=self.per_microbatch,
         )
 
-    def part(self, start: int, stop: int) -> "Batch":
+    def part(self, start: int, stop: int) -> Batch:
         """Rows start to stop, as views of the same memory, except media."""
         return Batch(
             tokens=self.tokens[start:stop],
@@ -118,7 +130,7 @@ class Batch:
             per_microbatch=self.per_microbatch,
         )
 
-    def pinned(self) -> "Batch":
+    def pinned(self) -> Batch:
         """A copy in page-locked memory, from which a GPU can copy asynchronously."""
         return Batch(
             tokens=self.tokens.pin_memory(),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.batch import Batch, MediaBatch
 from data.media.items import AUDIO
@@ -147,6 +146,8 @@ class Dataset:
     def _batch(
         self, parts: list[Rows], arrays: BatchArrays, source: np.ndarray, row: np.ndarray, positions: np.ndarray
     ) -> Batch:
+        import torch  # takes seconds, and `stratum inspect` and `stratum trace` make no batches
+
         learned, ranked = self._learned(parts, source, row), _ranked(parts, source, row)
         with self.activity.of("decoding media"):
             media = _media(parts, source, row)
@@ -228,6 +229,8 @@ def _media(parts: list[Rows], source: np.ndarray, row: np.ndarray) -> MediaBatch
     """The media of the rows, decoded; None if no source has media. Memory: what is returned, and one medium at its full size."""
     if (config := next((part.media.config for part in parts if part.media is not None), None)) is None:
         return None
+    import torch  # as in `Dataset`: start-up
+
     places = enumerate(zip(source.tolist(), row.tolist(), strict=True))
     found = [(place, slot, one) for place, (which, number) in places for slot, one in parts[which].media_in(number)]
     images = [entry for entry in found if entry[2].item.kind != AUDIO]

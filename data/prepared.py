@@ -2,18 +2,20 @@
 
     manifest.json, tokenizer --> Prepared(vocabulary, fingerprints, problems: sources, rows, order, special tokens)
 
+Prompts are read through pyarrow and fsspec, which take half a second to import, so only recipes with prompts import them.
 `open_dataset` calls the same functions, so that the planner and the trainer refuse the same data. Imports no torch.
 """
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.chat.prompts import FIELD, PromptSet
 from data.order.blend import Blend, blend_of
 from data.rows.fim import fim_problems
-from data.sources.files import find_files
 from data.store.manifest import DESCRIBED, MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.credentials import without_credentials
@@ -22,6 +24,9 @@ from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.facts import Prepared, not_prepared
 from recipes.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from data.chat.prompts import PromptSet
 
 
 def read_prepared(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
@@ -163,6 +168,9 @@ def read_material(recipe: Recipe, *, checks: bool) -> Prepared | None:
 def _prompt_facts(recipe: Recipe, *, checks: bool) -> Prepared:
     if not recipe.objective.grpo.prompts:  # a rule of the recipe reports it
         return Prepared(is_here=False)
+    from data.chat.prompts import FIELD  # start-up: see above
+    from data.sources.files import find_files  # likewise
+
     try:
         for path in recipe.objective.grpo.prompts:
             find_files(FIELD, path)
@@ -178,6 +186,8 @@ def _prompt_facts(recipe: Recipe, *, checks: bool) -> Prepared:
 
 def open_prompts(recipe: Recipe, tokenizer: Tokenizer, *, checks: bool = False) -> PromptSet:
     """The prompts of a recipe (`objective.grpo`). checks: see `read_material`. Close it. Raises DataError."""
+    from data.chat.prompts import PromptSet  # start-up: see above
+
     config = recipe.objective.grpo
     most = recipe.data.row_tokens - config.max_answer_tokens
     answer = f"objective.grpo.max_answer_tokens={config.max_answer_tokens}"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.system import disk
+from data.system.node import this_machine
 from launch.queue import SlurmError, look_up
 from recipes.schema import units
 from recipes.schema.errors import StratumError
@@ -178,7 +179,7 @@ def _state(current: _Current, folder: Path, *, may_ask_slurm: bool = True) -> St
 
 def state_by_process(owner: Owner, *, may_ask_slurm: bool = True) -> State:
     """Whether an owner is alive, by its process on this machine or by its Slurm job; "unknown" if neither says so."""
-    if owner.machine == _machine() and owner.host == socket.gethostname():
+    if owner.machine == this_machine() and owner.host == socket.gethostname():
         return "alive" if process_started(owner.pid) == owner.process_started else "dead"
     if owner.job is not None and may_ask_slurm and _job_is_over(owner):
         return "dead"
@@ -219,16 +220,6 @@ def _started_without_proc(pid: int) -> int | None:
     return 0
 
 
-def _machine() -> str:
-    """See `Owner.machine`."""
-    boot = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with contextlib.suppress(OSError):
-        boot += " " + str(Path("/proc/self/ns/pid").readlink())
-    return boot
-
-
 def myself() -> Owner:
     """This process, with a new token."""
     job = os.environ.get("SLURM_JOB_ID", "")
@@ -236,7 +227,7 @@ def myself() -> Owner:
         host=socket.gethostname(),
         pid=os.getpid(),
         process_started=process_started(os.getpid()) or 0,
-        machine=_machine(),
+        machine=this_machine(),
         started=time.time(),
         job=int(job) if job.isdigit() else None,
         job_restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),

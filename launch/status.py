@@ -18,7 +18,8 @@ from launch.local.failures import failure_message, log_of, read_failures
 from launch.queue import QueuedJob, SlurmError, look_up
 from launch.runs import RunFolder, by_age, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
-from launch.slurm.command import job_numbers
+from launch.slurm.jobs import job_numbers
+from launch.starts import starts_of
 from launch.time_spent import goodput, time_spent, totals
 from launch.user_errors import exit_status
 from recipes.schema import units
@@ -27,6 +28,8 @@ from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import METRICS, last_texts, read_metrics
 
 _LOG_LINES = 8
+_NARROW = 60
+"""With fewer columns, a table would break words, so each run is a few lines."""
 _STARTING_S = 120.0
 """A run without a recorded step may still be starting if its logs are newer than this."""
 
@@ -184,7 +187,7 @@ def _progress_line(run: RunFolder) -> str:
 def _time_spent(run: RunFolder) -> dict[str, float]:
     """Seconds of the wall time by kind, over all starts; {} without a record. It reads all of metrics.jsonl."""
     try:
-        return totals(time_spent(read_metrics(run.path / METRICS)))
+        return totals(time_spent(read_metrics(run.path / METRICS), starts_of(run.path)))
     except OSError:
         return {}
 
@@ -198,7 +201,10 @@ def _time_line(spent: dict[str, float]) -> str:
 def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
     if not runs:
         return "no runs in runs/\n"
+    console = open_console(wraps=True)
+    is_narrow = console.width < _NARROW
     table = Table("run", "job", "progress", "state", "checkpoint")
+    lines = []
     for run in runs:
         job = queue.newest_job(run)
         state = re.split(r"[:;] | \(", _state(run, job, queue))[0]
@@ -210,7 +216,9 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
             run.newest_checkpoint() or "none yet",
         )
         table.add_row(*cells)
-    console = open_console(wraps=True)
+        lines += [cells[0], *(f"  {cell}" for cell in cells[1:] if cell)]
+    if is_narrow:
+        return "".join(f"{line}\n" for line in lines)
     with console.capture() as captured:
         console.print(table)
     return captured.get()

@@ -1,16 +1,20 @@
-"""Where the wall time of a run went, from its metrics.jsonl, across all its starts.
+"""Where the wall time of a run went, across all its starts, from its metrics.jsonl and its launchers' record (launch.starts).
 
     lines --time_spent--> stretches of time by kind --totals--> seconds by kind; goodput = training / all
 
-Every second between the first and the last line belongs to one kind:
+Every second between the first and the last event belongs to one kind:
 
     training                    steps whose result counts
-    repeated steps              steps that were run again later, because the run lost them
+    lost work                   steps that were run again later, and the step that a failure ended
     waiting for data            the part of a step before its rows arrived
+    waiting for copies          the part of a step that waits for a save or a copy in memory
     evaluating, saving, ...     phases that the trainer records by name
-    other work                  between these: loading, writing records
-    stopped or starting         from the last line of one process to the first of the next: the failure, the queue, imports;
-                                also a step that was lost before its end
+    detecting a failure         from a failure to the end of all processes; a hang begins `launch.timeout_s` before its error
+    queue or back-off           from the end of the processes, or the submission of a job, to the next processes
+    starting                    the launcher, imports, process groups, model: until the state is loaded
+    loading                     the state, from a checkpoint or from copies in memory
+    other work                  between these: writing records, ending
+    stopped                     no launcher was running. Without a launcher's record also detection and queue
 """
 
 import math
@@ -20,13 +24,21 @@ from dataclasses import dataclass
 
 from recipes.schema.run_folder import Line, as_number
 
-TRAINING, REPEATED, DATA, OTHER, STOPPED = (
+TRAINING, LOST, DATA, COPIES, DETECTING, QUEUE, STARTING, LOADING, OTHER, STOPPED = (
     "training",
-    "repeated steps",
+    "lost work",
     "waiting for data",
+    "waiting for copies",
+    "detecting a failure",
+    "queue or back-off",
+    "starting",
+    "loading",
     "other work",
-    "stopped or starting",
+    "stopped",
 )
+_PARTS = {"data": DATA, "staging": COPIES}
+"""Parts of a step that are not training."""
+_LAUNCHER = ("launch", "submission", "attempt", "attempt_end")
 
 
 @dataclass(frozen=True)
@@ -38,30 +50,68 @@ class Stretch:
     kind: str
 
 
-def time_spent(lines: Iterable[Line]) -> list[Stretch]:
-    """All stretches in order, without gaps; neighbours differ in kind. Lines without a time are left out."""
-    timed = sorted((line for line in lines if 0 < as_number(line.get("time")) < 1e11), key=lambda line: line["time"])
+def time_spent(lines: Iterable[Line], starts: Iterable[Line] = ()) -> list[Stretch]:
+    """All stretches in order, without gaps; neighbours differ in kind. Lines without a time are left out.
+
+    lines: of metrics.jsonl. starts: of the launcher's record.
+    """
+    timed = sorted((line for line in (*starts, *lines) if is_timed(line)), key=lambda line: line["time"])
     left = Counter(line["step"] for line in timed if _is_step(line))
     found: list[Stretch] = []
+    before = ""
     for line in timed:
         if not found:
             found.append(Stretch(line["time"], line["time"], OTHER))
-        elif line["kind"] == "machine":
-            _extend(found, line["time"], STOPPED)
-        elif _is_step(line):
-            parts = line["seconds"] if isinstance(line.get("seconds"), dict) else {}
+        if _is_step(line):
             left[line["step"]] -= 1
-            is_lost = left[line["step"]] > 0
-            start = line["time"] - _seconds(math.fsum(map(as_number, parts.values())))
-            _extend(found, start, OTHER)
-            _extend(found, min(line["time"], start + _seconds(parts.get("data"))), REPEATED if is_lost else DATA)
-            _extend(found, line["time"], REPEATED if is_lost else TRAINING)
+            for end, kind in _pieces(line):
+                is_lost = left[line["step"]] > 0 and kind != OTHER
+                _extend(found, end, LOST if is_lost else kind)
         elif line["kind"] == "phase" and isinstance(line.get("name"), str):
             _extend(found, line["time"] - _seconds(line.get("seconds")), OTHER)
             _extend(found, line["time"], line["name"])
+        elif line["kind"] == "machine" or line["kind"] in _LAUNCHER:
+            for end, kind in _around(line, before):
+                _extend(found, end, kind)
+        before = line["kind"]
     if timed:
         _extend(found, timed[-1]["time"], OTHER)
     return [stretch for stretch in found if stretch.end > stretch.start]
+
+
+def is_timed(line: Line) -> bool:
+    """Whether a line has a time of the system's clock."""
+    return 0 < as_number(line.get("time")) < 1e11
+
+
+def _pieces(line: Line) -> list[tuple[float, str]]:
+    """(end, kind) of what a step's line says, in order: the time before the step, then its parts."""
+    parts = line["seconds"] if isinstance(line.get("seconds"), dict) else {}
+    seconds = [(_PARTS.get(name, TRAINING), _seconds(value)) for name, value in parts.items()]
+    now: float = line["time"] - math.fsum(value for _, value in seconds)
+    pieces = [(now, OTHER)]
+    for kind, value in seconds:
+        now += value
+        pieces.append((min(now, line["time"]), kind))
+    return pieces
+
+
+def _around(line: Line, before: str) -> list[tuple[float, str]]:
+    """(end, kind) of the time before a start or an end of processes, in order. before: kind of the event before it."""
+    now: float = line["time"]
+    match line["kind"]:
+        case "launch" | "submission":
+            return [(now, STOPPED)]
+        case "attempt":
+            return [(now, {"attempt_end": QUEUE, "submission": QUEUE, "launch": STARTING}.get(before, STOPPED))]
+        case "attempt_end":
+            if before == "attempt":
+                return [(now, STARTING)]
+            failed = as_number(line.get("failed"))
+            return [(min(failed, now), LOST), (now, DETECTING)] if failed > 0 else [(now, OTHER)]
+    started, load = _seconds(line.get("started_s")), _seconds(line.get("load_s"))
+    first = STARTING if before == "attempt" else STOPPED
+    return [(now - max(started, load), first), (now - load, STARTING), (now, LOADING)]
 
 
 def totals(stretches: Sequence[Stretch]) -> dict[str, float]:
@@ -88,18 +138,19 @@ class RunningGoodput:
         self._total = 0.0
 
     def add(self, line: Line) -> None:
-        """The next line. Lines without a time are left out."""
-        now = as_number(line.get("time"))
-        if not 0 < now < 1e11:
+        """The next line of metrics.jsonl or of the launcher's record, in order of time. Lines without a time are left out."""
+        if not is_timed(line):
             return
+        now: float = line["time"]
         if self._first is None:
             self._first = self._last = now
         if _is_step(line):
-            parts = line["seconds"] if isinstance(line.get("seconds"), dict) else {}
-            start = now - _seconds(math.fsum(map(as_number, parts.values())))
-            begin = max(self._last, min(now, start + _seconds(parts.get("data"))))
-            self._total += max(0.0, now - begin) - self._training.get(line["step"], 0.0)
-            self._training[line["step"]] = max(0.0, now - begin)
+            seconds = 0.0
+            for end, kind in _pieces(line):
+                seconds += max(0.0, end - self._last) if kind == TRAINING else 0.0
+                self._last = max(self._last, end)
+            self._total += seconds - self._training.get(line["step"], 0.0)
+            self._training[line["step"]] = seconds
         self._last = max(self._last, now)
 
     @property

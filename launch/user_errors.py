@@ -4,9 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from recipes.schema.command import describe_system_error
 from recipes.schema.errors import StratumError
-from recipes.schema.messages import complain
+from recipes.schema.messages import complain, describe_system_error
 
 
 def exit_status(job: Callable[[], int]) -> int:

@@ -1,13 +1,17 @@
-"""Planted corruption: bits flipped in weights, moments, activations and rows of one rank, and the state put back afterwards."""
+"""Planted corruption on one rank: bits flipped in its state, activations, rows, products and transit; the state put back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.tensor_parallel import layers, mappings
 
 from train.engine import Engine
 from train.integrity.state import StateWatch
+from train.native import product_check
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -60,3 +64,137 @@ class ActivationFault:
         else:
             flip(changed, element=7 + call, bit=21 if changed.dtype == torch.float32 else 5)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+class FaultyProducts:
+    """Flips a bit in one element of a product of `train.native.product_check`, right after it is computed. `calls`: so far."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.target: int | None = None
+        self.bit, self.element = 30, 0
+        self.change = 0.0
+        """Of the element that was flipped."""
+        self.floor = 0.0
+        """The smallest change that its row's sums must show."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        plain = product_check.multiply
+
+        def multiply(a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
+            c = plain(a, b, factor=factor)
+            if self.calls == self.target:
+                c = c.contiguous()
+                element = self.element % c.numel()
+                before = c.view(-1)[element].item()
+                flip(c, element=element, bit=self.bit)
+                self.change = abs(c.view(-1)[element].item() - before)
+                row, k = a[element // c.shape[1]].double(), b.shape[0]
+                self.floor = 2 * float(row.norm() * b.double().norm()) * abs(factor) * product_check.LAMBDA * 2.0**-24
+                self.floor *= (k + 1) ** 0.5
+            self.calls += 1
+            return c
+
+        product_check.multiply = multiply
+        try:
+            yield
+        finally:
+            product_check.multiply = plain
+
+
+class FaultyTransit:
+    """Flips a bit in one tensor that this rank receives from a collective or message. `calls` names them in order."""
+
+    def __init__(self, mesh: Any) -> None:
+        self._unwatched = (None, mesh.watching, mesh.saving, mesh.copying)
+        self._stages = mesh.groups.pp
+        self.calls: list[str] = []
+        self.target: int | None = None
+        self.bit, self.element = 30, 0
+        self.change = 0.0
+        self.unit = 0.0
+        """Unit roundoff of the tensor's format; 0 for copies."""
+        self.norm = 0.0
+        self._waiting: list[Any] | None = None
+
+    def _arrived(self, name: str, tensor: torch.Tensor, unit: bool) -> None:
+        if len(self.calls) == self.target and tensor.numel():
+            flat = tensor.detach().view(-1)
+            element = self.element % flat.numel()
+            before = flat[element].item()
+            if flat.dtype in BITS:
+                flip(flat, element=element, bit=self.bit % (8 * flat.element_size()))
+            else:
+                flat[element] += 1
+            self.change = abs(flat[element].item() - before)
+            self.unit = torch.finfo(flat.dtype).eps / 2 if unit and flat.dtype in BITS else 0.0
+            self.norm = float(flat.double().nan_to_num().norm())
+        self.calls.append(name)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        def collective(name: str, plain: Any, unit: bool) -> Any:
+            def call(output: Any, *arguments: Any, **named: Any) -> Any:
+                group = named.get("group")
+                result = plain(output, *arguments, **named)
+                if group in self._unwatched or group.size() == 1:
+                    return result
+                tensors = output if isinstance(output, list) else [output]
+
+                def arrived() -> None:
+                    self._arrived(name, tensors[-1], unit)
+
+                if self._waiting is not None:
+                    self._waiting.append(arrived)
+                else:
+                    if result is not None:
+                        result.wait()
+                    arrived()
+                return result
+
+            return call
+
+        @contextmanager
+        def coalescing(*arguments: Any, async_ops: bool = False, **named: Any) -> Iterator[Any]:
+            self._waiting = waiting = []
+            with plain_coalescing(*arguments, async_ops=async_ops, **named) as manager:
+                yield manager
+            self._waiting = None
+
+            def finish() -> None:
+                while waiting:
+                    waiting.pop(0)()
+
+            if async_ops:
+                wait = manager.wait
+                manager.wait = lambda: (wait(), finish())
+            else:
+                finish()
+
+        def messages(operations: list[Any]) -> Any:
+            works = plain_messages(operations)
+            for one, work in zip(operations, works, strict=True):
+                work.wait()
+                if one.op is dist.irecv:
+                    self._arrived("message", one.tensor, False)
+            return works
+
+        plain_coalescing, plain_messages = param_and_grad_buffer._coalescing_manager, dist.batch_isend_irecv
+        names = {
+            "all_reduce": True, "all_gather_into_tensor": False, "all_gather": False, "reduce_scatter_tensor": True,
+            "all_to_all_single": False,
+        }  # fmt: skip
+        places = [(dist, name, unit) for name, unit in names.items()]
+        for module in (param_and_grad_buffer, layers, mappings):
+            places += [(module, "dist_all_gather_func", False), (module, "dist_reduce_scatter_func", True)]
+        before = [(module, name, getattr(module, name)) for module, name, _ in places]
+        for (module, name, unit), (_, _, plain) in zip(places, before, strict=True):
+            setattr(module, name, collective(name, plain, unit))
+        param_and_grad_buffer._coalescing_manager, dist.batch_isend_irecv = coalescing, messages
+        try:
+            yield
+        finally:
+            for module, name, plain in before:
+                setattr(module, name, plain)
+            param_and_grad_buffer._coalescing_manager, dist.batch_isend_irecv = plain_coalescing, plain_messages

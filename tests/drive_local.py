@@ -23,13 +23,16 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=1)
     parser.add_argument("--warm", action="append", default=[], help="fork the ranks from a process with this module")
     parser.add_argument("--least", type=int, help="launch.least_processes")
+    parser.add_argument("--regrow", type=float, default=3600.0, help="launch.regrow_s")
     parser.add_argument("words", nargs="*")
     own = parser.parse_args()
     recipe = Recipe(
         run=RunConfig(name=own.folder.name, folder=str(own.folder.parent), steps=20, microbatch_rows=1),
         model=ModelConfig(pattern="M", hidden=8, vocab=8),
         data=DataConfig(sources={"none": SourceConfig(path="none")}),
-        launch=replace(LaunchConfig(), restarts=2, backoff_s=0.2, grace_s=own.grace, least_processes=own.least),
+        launch=replace(
+            LaunchConfig(), restarts=2, backoff_s=0.2, grace_s=own.grace, least_processes=own.least, regrow_s=own.regrow
+        ),
     )
     return run_to_end(
         [sys.executable, "-m", "launch.local.rank", "simulated_train", str(own.folder), *own.words],

@@ -1,9 +1,13 @@
 """Small images, sounds and videos, records of them in every form, and a tokenizer with placeholders."""
 
+import atexit
+import functools
 import io
 import json
+import shutil
 import struct
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +18,7 @@ import numpy as np
 import PIL.Image
 import soundfile
 
+from data.tokenizer import train_tokenizer
 from recipes.schema.data import DataConfig, MediaConfig, SourceConfig, TokenizerConfig
 
 SPECIAL = {"<|image|>": 1, "<|audio|>": 2}
@@ -90,6 +95,17 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+@functools.cache
+def media_tokenizer() -> Path:
+    """The file of a tokenizer with the placeholders, trained once in this process."""
+    folder = Path(tempfile.mkdtemp(prefix="stratum-media-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    texts = ["This is number 12, drawn and spoken. It sounds long <0.3 seconds>\n" * 20]
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300, special_tokens=SPECIAL))
+    tokenizer.save(folder / tokenizer.file)
+    return folder / tokenizer.file
+
+
 def media_config(
     folder: Path, path: str | Path, *, row_tokens: int = 64, media: MediaConfig | None = None, **source: Any
 ) -> DataConfig:
@@ -97,7 +113,7 @@ def media_config(
     return DataConfig(
         folder=str(folder / "prepared"),
         sources={"media": SourceConfig(path=str(path), kind="media", **source)},
-        tokenizer=TokenizerConfig(vocab_size=300, special_tokens=SPECIAL),
+        tokenizer=TokenizerConfig(path=str(media_tokenizer())),
         media=media or MediaConfig(patch=4, image_patches=16, video_patches=6, frames_per_second=5.0, video_frames=4),
         row_tokens=row_tokens,
         heldout_fraction=0.1,

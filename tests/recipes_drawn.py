@@ -15,6 +15,7 @@ from tiny import RECIPE, with_fields
 from recipes.schema.data import PhaseConfig, SourceConfig
 from recipes.schema.fields import Range
 from recipes.schema.manifest import manifest_text, read_manifest
+from recipes.schema.precision import LinearRule
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 
@@ -68,6 +69,8 @@ def place_in(folder: Path) -> Place:
             "run.start_from": [None, None, str(of_base), *checkpoints[1:]],
             "run.steps": [8, 40],
             "model.pattern": _PATTERNS,
+            "precision.rules": [(), (LinearRule("none", kinds="M"),), (LinearRule("mxfp8", linears="mlp.*", last_fraction=0.5),)],
+            "model.mtp.pattern": ["*-", "M", "*E", "X", "", "*|-"],
             "model.vocab": [VOCAB + 4, VOCAB, 256, 512],
             "data.folder": [str(folder / "data"), str(folder / "data"), str(folder / "empty")],
             "data.sources": [

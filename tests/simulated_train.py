@@ -3,7 +3,7 @@
     python -m launch.local.rank simulated_train RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
 
 Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest. A `--fail` happens once per run folder (or
-each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
+twice with `twice`, each time with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill, peer (raise
 "Connection closed by peer", slightly late), hang (never end, whatever signal arrives). STEP 0 is before signals are handled,
 which takes `--start-s`. With `--hold STEP` a run that starts at step 0 waits at that step for a signal, so that a test has as
 much time as it needs.
@@ -107,10 +107,10 @@ def _fail(failure: str, folder: Path, *, rank: int, step: int) -> None:
     who, when, how, *often = failure.split(":")
     if rank != int(who) or step != int(when):
         return
-    once = folder / f"failed-{who}-{when}-{how}"
-    if once.exists() and not often:
+    before = len(list(folder.glob(f"failed-{who}-{when}-{how}*")))
+    if before >= {"": 1, "twice": 2, "always": 1 << 30}["".join(often)]:
         return
-    once.touch()
+    (folder / f"failed-{who}-{when}-{how}{before or ''}").touch()
     match how:
         case "raise":
             raise ValueError(f"rank {rank} broke at step {step}")

@@ -1,6 +1,7 @@
 """Docs agree with the code: generated pages are up to date, links work, and named tests exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -65,3 +66,15 @@ def test_every_fault_in_the_table_is_shown_by_a_test_there_is() -> None:
             tests = re.findall(r"def (test_\w+)\(", next((ROOT / "tests").rglob(files[letter])).read_text())
             for name in re.findall(r"\w+", names):
                 assert any(name in test for test in tests), f"{fault}: no test of {files[letter]} is called {name}"
+
+
+def test_the_citation_names_the_version_and_licence_of_the_package() -> None:
+    """Required keys: https://github.com/citation-file-format/citation-file-format/blob/main/schema-guide.md"""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+
+
+def test_the_readme_is_about_one_page() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1000

@@ -15,8 +15,9 @@ from pathlib import Path
 import matplotlib.pyplot  # noqa: F401  here, so that the processes forked below need not import it
 import pytest
 import yaml
-from pruning_folder import lay_out
+from pruning_folder import MODEL, lay_out
 from ranks import run_ranks
+from shards import random_documents, write_folder
 
 from train import run as _assembly  # noqa: F401  likewise
 from train import stratum
@@ -57,20 +58,66 @@ def test_every_command_explains_itself_with_usage_and_examples() -> None:
             assert examples(words), f"{words}: no examples"
 
 
+_QUICK = """
+import contextlib, io, sys
+from train.stratum import main
+
+def check(words, *absent):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try: main(words)
+        except SystemExit: pass
+    found = set(absent) & set(sys.modules)
+    assert not found, f"stratum {' '.join(words)} imported {found}"
+    return out.getvalue()
+"""
+
+
 def test_help_and_mistakes_answer_without_torch() -> None:
-    """All commands except `checkpoint`, which needs torch. numpy, too, is not needed to explain a command."""
-    pages = [words for words in PAGES if words[0] != "checkpoint"]
-    program = (
-        "import contextlib, io, sys\nfrom train.stratum import main\n"
-        "for words in [[], ['--version'], ['trian'], *" + repr([[*words, "--help"] for words in pages]) + "]:\n"
-        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
-        "        try: main(words)\n"
-        "        except SystemExit: pass\n"
-        "    heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'matplotlib', 'transformers'} & set(sys.modules)\n"
-        "    assert not heavy, (words, heavy)\n"
-    )
+    """numpy, too, is not needed to explain a command."""
+    heavy = ("torch", "megatron", "numpy", "pyarrow", "matplotlib", "transformers")
+    pages = [[], ["--version"], ["trian"], *([*words, "--help"] for words in PAGES)]
+    program = _QUICK + f"for words in {pages!r}: check(words, *{heavy!r})\n"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_commands_that_need_no_torch_start_without_it_and_without_other_slow_packages(tmp_path: Path) -> None:
+    """One process, the command with the fewest imports first."""
+    lay_out(tmp_path)
+    run_folder = tmp_path / "runs" / "parent"
+    run_folder.mkdir(parents=True)
+    run_fields = {"name": "parent", "folder": "runs", "steps": 2, "seed": 1, "global_rows": 2}
+    recipe = {"run": run_fields, "precision": {}, "model": yaml.safe_load(MODEL)}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run_folder / "metrics.jsonl").write_text("")
+    write_folder(tmp_path / "prepared", {"python": [random_documents(40, seed=1)]})
+    slow = ("torch", "megatron", "transformers", "tensorboard", "wandb", "pyarrow", "fsspec")
+    never = (*slow, "matplotlib", "tokenizers", "numpy")
+    little = ["-cn", "little", "--config-dir", "recipes"]
+    commands = (
+        (["status"], (*never, "hydra", "omegaconf"), "step recorded"),
+        (["status", "parent"], (*never, "hydra", "omegaconf"), "newest checkpoint"),
+        (["logs", "parent"], (*never, "hydra", "omegaconf"), "no logs"),
+        (["cancel", "parent"], (*never, "hydra", "omegaconf"), "nothing to cancel"),
+        (["checkpoint", "list", "parent"], (*never, "hydra"), "no checkpoints"),
+        (["checkpoint", "show", "parent"], (*never, "hydra"), "checkpoint"),
+        (["fields", "optim"], never, "optim.lr"),
+        (["stages", *little], never, "compress score"),
+        (["plan", "-cn", "smoke", "data.folder=none"], never, "GiB"),
+        (["launch", "slurm", "-cn", "smoke", "--dry-run"], never, "#SBATCH"),
+        (["report", "parent", "--out", "page.html"], (*slow, "matplotlib"), "wrote page.html"),
+        (["trace", *little, "--step", "1"], (*slow, "matplotlib"), "row"),
+        (["inspect", *little], slow, "python"),
+    )
+    program = _QUICK + "\n".join(
+        f"text = check({words!r}, *{absent!r}); assert {expected!r} in text, text"
+        for words, absent, expected in commands
+    )
+    python = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_the_list_of_commands_imports_the_standard_library_only() -> None:
@@ -142,6 +189,31 @@ def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: P
     shutil.copytree(folder / "runs" / "smoke", moved)
     found = yaml.safe_load(run("train", str(moved), "--cfg", "job")[1])
     assert found["run"]["folder"] == str(moved.parent)
+
+
+def test_a_recipe_with_windows_line_ends_is_the_same_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path)
+    words = ("train", "-cn", "little", "--config-dir", "recipes", "--cfg", "job")
+    status, text = run(*words)
+    for path in (tmp_path / "recipes").rglob("*.yaml"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert status == 0 and run(*words) == (status, text)
+
+
+def test_no_color_turns_colours_off_and_a_pipe_has_no_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """https://no-color.org: colours are off; bold text may stay."""
+    colour, words = (
+        re.compile("\x1b\\[[0-9;]*(3|4|9|10)[0-7]"),
+        ("plan", "-cn", "smoke", "data.folder=none", "--gpus", "1"),
+    )
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert "\x1b" not in run(*words)[1]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert colour.search(run(*words)[1])
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colour.search(run(*words)[1])
 
 
 def test_a_model_in_hugging_faces_format_names_the_import(folder: Path) -> None:

@@ -15,12 +15,14 @@ from data.chat.prompts import PromptSet
 from data.prepared import open_prompts, read_material, tokenizer_or_file
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer
-from recipes.schema.changes import check_same_function, replaces_head
+from recipes.schema.changes import check_same_function, mtp_change, replaces_head
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
+from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
+from recipes.schema.parameter_groups import EMBEDDING
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.align.dpo import DPO_PARTS, count_pairs, dpo_step
@@ -36,8 +38,8 @@ from train.engine import Engine
 from train.megatron import use_device
 from train.model.backend import Backend, ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
-from train.model.initial import HEAD, initialize
-from train.objective import next_token
+from train.model.initial import HEAD, MTP, global_names, initialize
+from train.objective import next_token, several_tokens
 from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -147,7 +149,7 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     if objective.kind == "dpo":
         return Objective(dpo_step(mesh, objective.dpo), DPO_PARTS, counter=count_pairs)
     if objective.kind == "next_token":
-        return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
+        return _next_token(recipe, mesh)
     if objective.kind == "grpo":
         return Objective(policy_step(objective.grpo, mesh=mesh), POLICY_PARTS)
     source: Teacher | TeacherCache | None
@@ -161,6 +163,18 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     assert objective.teacher is not None, "open_teacher refuses a recipe without a teacher"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
     return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
+
+
+def _next_token(recipe: Recipe, mesh: Mesh) -> Objective:
+    """The next-token objective, with the losses of further depths if the model has them."""
+    mtp, reset = recipe.model.mtp, recipe.data.reset_at_documents
+    if not mtp.depths:
+        return Objective(next_token.forward_step(mesh, reset_at_documents=reset))
+    return Objective(
+        several_tokens.forward_step(mesh, mtp, reset_at_documents=reset),
+        several_tokens.parts_of(mtp),
+        counter=several_tokens.CountAhead(mtp.depths, reset_at_documents=reset),
+    )
 
 
 def _chunks(recipe: Recipe, *, mesh: Mesh, backend: Backend, draw_weights: bool = False) -> list[Any]:
@@ -178,12 +192,33 @@ def _chunks(recipe: Recipe, *, mesh: Mesh, backend: Backend, draw_weights: bool 
     )
 
 
+def _names(chunks: list[Any], model: ModelConfig) -> dict[torch.nn.Parameter, str]:
+    """The name of each parameter in the whole model, the same for every backend and layout."""
+    found = {}
+    for chunk in chunks:
+        for name, parameter in global_names(chunk):
+            if name == HEAD and not model.has_own_head:
+                name = EMBEDDING  # the last stage's copy of the one matrix
+            for linear, norm in _FUSED_NORMS.items():
+                name = name.replace(linear, norm)
+            found[parameter] = name
+    return found
+
+
+_FUSED_NORMS = {
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's linears contain the norm before them."""
+
+
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
     weights: a checkpoint to load the initial weights from, instead of random ones; if it is of a language model and the recipe
-    has a scalar head, the head is drawn. tokenizer: fingerprint of the data's
-    tokenizer; a teacher's must be equal.
+    has a scalar head, the head is drawn; so are further depths (`model.mtp`) that it does not have.
+    tokenizer: fingerprint of the data's tokenizer; a teacher's must be equal.
     """
 
     backend = choose_backend(recipe.precision, mesh.device)
@@ -191,14 +226,19 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     chunks = _chunks(recipe, mesh=mesh, backend=backend, draw_weights=weights is None)
     if weights is not None:
         saved = read_checkpoint_manifest(weights).recipe
-        drawn = (HEAD,) if replaces_head(saved, recipe) else ()
-        check_same_function(saved, recipe, place=str(weights), except_head=bool(drawn))
-        read_weights(weights, chunks, groups=mesh.groups, without=drawn)
-        for chunk, name in product(chunks, drawn):
-            initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=name)
+        head, mtp = replaces_head(saved, recipe), mtp_change(saved, recipe)
+        check_same_function(saved, recipe, place=str(weights), except_head=head)
+        if mtp != "none" and mesh.rank == 0:
+            log.warning("%s: the weights of further depths (model.mtp) are %s.", weights, mtp)
+        without = ((HEAD,) if head else ()) + ((MTP,) if mtp != "none" else ())
+        read_weights(weights, chunks, groups=mesh.groups, without=without)
+        for chunk, begin in product(chunks, without):
+            initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=begin)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
-    optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
+    optimizer = build_optimizer(
+        wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh, names=_names(chunks, recipe.model)
+    )
     reduction = connect(wrapped, optimizer)
     return Engine(
         mesh=mesh,

@@ -10,6 +10,7 @@ The loop's state is two integers, `step` and `position`; everything else is in t
 
 import math
 import signal
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
 from train.resilience.spikes import Spike, SpikeWatch
-from train.resilience.stragglers import WINDOW, Stragglers, typical
+from train.resilience.stragglers import WINDOW, Stragglers
 from train.step import StepResult, train_step
 
 _RANKS_RECORDED = 64
@@ -151,7 +152,11 @@ def train_loop(
             rate = recipe.optim.lr * factor
 
             def take(
-                before: Callable[[], None], at: int = step, rows: Any = microbatches, rate: float = rate
+                before: Callable[[], None],
+                after: Callable[[], None] | None = None,
+                at: int = step,
+                rows: Any = microbatches,
+                rate: float = rate,
             ) -> StepResult:
                 return train_step(
                     engine,
@@ -161,6 +166,7 @@ def train_loop(
                     watch=watch,  # noqa: B023  used within this iteration only
                     measure=is_measured(at + 1),
                     before_update=before,
+                    after_reduction=after,
                     spikes=spikes,
                 )
 
@@ -274,9 +280,10 @@ def _compare_ranks(
     telemetry: Telemetry, stragglers: Stragglers, *, mesh: Mesh, watches: Sequence[Stopwatch], step: int
 ) -> None:
     """Record each rank's median time of forward and backward passes, and warn about slow ranks. Collective over the world."""
-    ranks = mesh.gather_objects(typical([watch.seconds()["forward_backward"] for watch in watches]))
-    slowest = sorted(range(len(ranks)), key=lambda rank: -ranks[rank].log_s)[:_RANKS_RECORDED]
-    table = {str(rank): math.exp(ranks[rank].log_s) for rank in slowest}
+    ranks = mesh.gather_objects([max(1e-9, watch.seconds()["forward_backward"]) for watch in watches])
+    medians = [statistics.median(seconds) for seconds in ranks]
+    slowest = sorted(range(len(ranks)), key=lambda rank: -medians[rank])[:_RANKS_RECORDED]
+    table = {str(rank): medians[rank] for rank in slowest}
     telemetry.event("ranks", step=step, steps=len(watches), forward_backward_s=table)
     for slow in stragglers.window(ranks):
         telemetry.event("warning", text=f"step {step:,}: {slow} (forward and backward, {2 * len(watches)} steps)")

@@ -6,6 +6,7 @@ device -> layout -> data -> mesh -> lease of the run folder -> storage
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -137,6 +138,7 @@ def _train(
         kernels=kernels,
         lineage=origin,
     )
+    load_started = time.perf_counter()
     start, used = resume_from_either(copies, checkpoints, engine, recipe=recipe, new=new)
     step, position = start.state.step, start.state.position
     if step > 0:
@@ -176,6 +178,7 @@ def _train(
             kernels=kernels,
             precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
             waits_for_space=recipe.checkpoint.on_failure == "continue",
+            load_s=time.perf_counter() - load_started,
         )
         stack.callback(telemetry.close)
         stream: Stream | PolicyStream

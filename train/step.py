@@ -10,6 +10,7 @@ from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
 from train.model.experts import start_counting, update_biases
 from train.objective.next_token import count_labels
+from train.objective.several_tokens import CountAhead
 from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
 from train.record.profile import phase
@@ -42,6 +43,7 @@ def train_step(
     watch: Stopwatch,
     measure: bool = False,
     before_update: Callable[[], None] | None = None,
+    after_reduction: Callable[[], None] | None = None,
     spikes: SpikeWatch | None = None,
 ) -> StepResult:
     """One update of the weights. Collective over the world.
@@ -50,6 +52,7 @@ def train_step(
     DataError for a step without a learned label, before the weights change.
 
     before_update: called after this rank's backward passes and before weights, moments or experts' biases change.
+    after_reduction: called when the gradients are summed, before they are used.
     spikes: decides whether they change. NumericsError if too many steps in a row may not.
     """
     tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
@@ -63,6 +66,7 @@ def train_step(
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
     if engine.reduction is not None:
         engine.reduction.before = lambda: _before_reduction(watch, before_update)
+        engine.reduction.after = after_reduction
     with phase("forward and backward"):
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
     if sums is not None and not sums()[0]:
@@ -77,7 +81,8 @@ def train_step(
     # Tensor ranks have equal losses, data ranks have different rows: divide so that the sum over the world is the mean.
     total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
     watch.lap("reduction")
-    labels = sums()[0] if sums is not None and engine.counter is count_labels else None
+    counts_labels = engine.counter is count_labels or isinstance(engine.counter, CountAhead)
+    labels = sums()[0] if sums is not None and counts_labels and microbatches[0].learned is not None else None
     if spikes is not None and (spike := _spike(engine, total[0], step=step + 1, spikes=spikes)) is not None:
         watch.lap("optimizer")
         return StepResult(loss=total[0], parts=total[1:], grad_norm=spike.grad_norm, labels=labels, spike=spike)

@@ -9,7 +9,6 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 from train.command_list import COMMANDS
 
@@ -68,6 +67,8 @@ def version_text() -> str:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata  # a fifth of the start-up of `stratum --help`, and only --version needs it
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from data.store.manifest import LARGEST_BYTES, FileFacts, file_sha256
 from data.system import disk
 from data.system.retry import wait_s
@@ -120,6 +118,8 @@ class RemoteFolder:
         self._activity = activity
         self._sleep = sleep
         self._ledger = _Ledger(self._root)
+        import fsspec  # start-up: only data behind a URL needs it
+
         try:
             self._system, self._path = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ValueError, ImportError) as error:

@@ -9,6 +9,7 @@ failed first.
 import functools
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ from launch.local.failures import failure_message, stacks_message
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.local.warm_process import WarmProcess
 from launch.runs import RunFolder
+from launch.starts import note_attempt, note_attempt_end, note_launch
 from launch.user_errors import exit_status
 from recipes.schema import units
 from recipes.schema.errors import RecipeError
@@ -109,15 +111,17 @@ def run_to_end(
     modules: what a process imports that forks all ranks (launch.local.warm_process); empty: each rank is a new process. devices:
     visible GPUs, by name.
     """
-    failures = 0
+    failures, grow_at = 0, None
     team = Team(processes, devices)
     copies = recipe.run.memory_copies.every_steps > 0
+    note_launch(run.logs)
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
     with StopRequest() as stop, ExitStack() as stack:
         warm = stack.enter_context(WarmProcess(modules, environment)) if modules else None
         while True:
             before, step_before = run.newest_checkpoint(), run.step()
             logs = _new_folder(run.logs)
+            note_attempt(run.logs)
             end = run_attempt(
                 command,
                 processes=team.processes,
@@ -128,7 +132,9 @@ def run_to_end(
                 stop=stop,
                 use_terminal=use_terminal,
                 warm=warm,
+                grow_at=grow_at,
             )
+            note_attempt_end(run.logs, status=end.status, failed=end.failed_at(timeout_s=recipe.launch.timeout_s))
             if warm is not None and warm.has_died:
                 say("the process that forks the ranks has died, so they got SIGTERM. The next ranks are new processes.")
                 warm = None
@@ -138,6 +144,11 @@ def run_to_end(
                 say(stacks)
             if end.status == 0 or stop.received:
                 return end.status
+            if end.may_grow and (grown := team.grown()) is not None:
+                (team, text), grow_at, failures = grown, None, 0
+                say(f"after {recipe.launch.regrow_s:g} s (launch.regrow_s): {text}")
+                environment = _with_devices(environment, team)
+                continue
             has_progress = run.newest_checkpoint() not in (None, before) or (copies and run.step() > step_before)
             if end.failures:
                 team = team.after_failure(end.failures[0].rank, has_progress=has_progress)
@@ -157,10 +168,8 @@ def run_to_end(
             if changed is not None:
                 (team, text), failures = changed, 0
                 say(text)
-                environment = {
-                    **environment,
-                    **({"CUDA_VISIBLE_DEVICES": ",".join(team.devices)} if team.devices else {}),
-                }
+                environment = _with_devices(environment, team)
+                grow_at = time.monotonic() + recipe.launch.regrow_s if team.full is not None else None
             delay = wait_s(failures, first_s=recipe.launch.backoff_s, most_s=_MOST_WAIT_S)
             from_where = run.newest_checkpoint() or "the beginning"
             if copies:
@@ -169,6 +178,11 @@ def run_to_end(
             say(f"{decision.reason}; starting again from {from_where} {when}")
             if stop.wait(delay):
                 return end.status
+
+
+def _with_devices(environment: dict[str, str], team: Team) -> dict[str, str]:
+    """The environment of the ranks, which see the team's GPUs."""
+    return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(team.devices)} if team.devices else {})
 
 
 def refuse_second_trainer(run: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 Fewer processes mean fewer data-parallel replicas at the same global batch. The order of rows does not depend on the number of
 ranks, so losses are equal to rounding. The run then continues from a checkpoint, because copies in memory need the same layout.
+After `launch.regrow_s` it saves, stops and starts again with all processes: a device that failed may be well again.
 """
 
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ class Team:
     """The rank that failed first in the last attempt."""
     failures: int = 0
     """How often in a row."""
+    full: "tuple[int, tuple[str, ...]] | None" = None
+    """Processes and GPUs before any was left out; None: none is."""
 
     def after_failure(self, rank: int, *, has_progress: bool) -> "Team":
         """The team with one more failure counted."""
@@ -41,14 +44,20 @@ class Team:
         what = f"rank {self.suspect} failed first {self.failures} times in a row"
         without = f" without GPU {self.devices[self.suspect]}" if left else ""
         if len(left) >= self.processes:
-            return Team(self.processes, left), f"{what}: continuing{without}, with a spare"
+            return replace(self, devices=left, suspect=None, failures=0), f"{what}: continuing{without}, with a spare"
         least = recipe.launch.least_processes
         for count in range(self.processes - 1, (least or self.processes) - 1, -1) if may_shrink else ():
             if not _problems(recipe, count) and (not self.devices or count <= len(left)):
-                return Team(
-                    count, left
-                ), f"{what}: continuing{without} with {count} instead of {self.processes} processes"
+                smaller = Team(count, left, full=self.full or (self.processes, self.devices))
+                return smaller, f"{what}: continuing{without} with {count} instead of {self.processes} processes"
         return None
+
+    def grown(self) -> "tuple[Team, str] | None":
+        """(the team before any process was left out, a message); None if none is left out."""
+        if self.full is None:
+            return None
+        processes, devices = self.full
+        return Team(processes, devices), f"continuing with all {processes} processes again"
 
 
 def _problems(recipe: Recipe, world: int) -> bool:

@@ -25,6 +25,7 @@ _CONSEQUENCE = re.compile(
     r"Timed out waiting|remote process exited|another rank|see its message",
     re.IGNORECASE,
 )
+_HUNG = re.compile(r"^hang: (.*)$", re.MULTILINE)
 _SHOWN_LINES = 30
 STACK_S = 0.3
 """Time that a rank gets to write its stack."""
@@ -128,6 +129,12 @@ def read_silent_failures(folder: Path) -> list[RankFailure]:
     return found
 
 
+def first_failure(failures: Iterable[RankFailure], *, timeout_s: float) -> float | None:
+    """When the first rank failed; if ranks waited for one that hung, `timeout_s` before they gave up. None without failures."""
+    times = [one.time - timeout_s * bool(_HUNG.search(one.error)) for one in failures]
+    return min((one for one in times if math.isfinite(one)), default=None)
+
+
 def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
     """Failures in order: causes before consequences, then by time."""
     return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
@@ -152,7 +159,7 @@ def failure_message(folder: Path, failures: list[RankFailure], *, seen_live: fro
     text = error_text(folder, first)
     already_shown = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
     head = f"rank {first.rank}{f' on {first.host}' if first.host else ''} failed first, with {describe(first.status)}"
-    hung = re.findall(r"^hang: (.*)$", text, re.MULTILINE)
+    hung = _HUNG.findall(text)
     if hung:
         head = f"{hung[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
     if not text:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.local.continuation import STOPPED, shell_status
-from launch.local.failures import STACK_S, STACK_SIGNAL, RankFailure, by_cause, log_of, read_failures
+from launch.local.failures import STACK_S, STACK_SIGNAL, RankFailure, by_cause, first_failure, log_of, read_failures
 from launch.local.ports import reserved_port
 from launch.local.rank import LAUNCHER, LOGS, RANK_LOG
 from launch.local.terminal import Output
@@ -73,6 +73,12 @@ class AttemptEnd:
     """Ranks that failed, causes first, without ranks that the launcher killed because of them."""
     hung: list[int] = field(default_factory=list)
     """Ranks that the launcher killed because they did not end; their logs have their stacks."""
+    may_grow: bool = False
+    """The ranks saved and stopped at `grow_at`."""
+
+    def failed_at(self, *, timeout_s: float) -> float | None:
+        """When the first rank failed or, if ranks waited for one that hung, when they began to wait; None without a failure."""
+        return first_failure(self.failures, timeout_s=timeout_s)
 
 
 def say(text: str) -> None:
@@ -114,11 +120,13 @@ def run_attempt(
     use_terminal: bool,
     warm: WarmProcess | None = None,
     node: Node | None = None,
+    grow_at: float | None = None,
 ) -> AttemptEnd:
     """Run `command` as `processes` ranks of one world until all have ended. When it returns, no rank is left.
 
     command: `launch.children.python_module("launch.local.rank", ...)`. warm: forks the ranks, if it can. logs: a new folder.
     node: of a world of several nodes, each of which has as many processes; None: this machine is the world.
+    grow_at: by time.monotonic, when the ranks save and stop so that more can start.
     shown: ranks whose output is also shown live. use_terminal: draw progress bars (if one rank is shown).
     """
     logs.mkdir(parents=True)
@@ -155,7 +163,7 @@ def run_attempt(
                     warm=warm,
                 )
             )
-        return _Watch(ranks, logs=logs, grace_s=grace_s, stop=stop).until_end()
+        return _Watch(ranks, logs=logs, grace_s=grace_s, stop=stop, grow_at=grow_at).until_end()
 
 
 def _end(ranks: list[_Rank]) -> None:
@@ -170,11 +178,15 @@ def _end(ranks: list[_Rank]) -> None:
 class _Watch:
     """Watches the ranks of one attempt until the last exit."""
 
-    def __init__(self, ranks: list[_Rank], *, logs: Path, grace_s: float, stop: StopRequest) -> None:
+    def __init__(
+        self, ranks: list[_Rank], *, logs: Path, grace_s: float, stop: StopRequest, grow_at: float | None = None
+    ) -> None:
         self._running = list(ranks)
         self._logs = logs
         self._grace_s = grace_s
         self._stop = stop
+        self._grow_at = grow_at
+        self._is_growing = False
         self._forwarded: signal.Signals | None = None
         self._stopped_status: int | None = None
         self._failures: dict[int, RankFailure] = {}
@@ -205,7 +217,8 @@ class _Watch:
         stopped = self._stopped_status or 0
         if self._forwarded and self._is_killing:
             stopped = 128 + self._forwarded
-        return AttemptEnd(failures[0].status if failures else stopped, failures, self._hung)
+        may_grow = self._is_growing and not failures and not self._is_killing
+        return AttemptEnd(failures[0].status if failures else stopped, failures, self._hung, may_grow)
 
     def _note_end(self, rank: _Rank, returncode: int) -> None:
         status = shell_status(returncode)
@@ -222,15 +235,22 @@ class _Watch:
     def _forward_signals(self) -> None:
         """Send the first signal to every rank, only once: a second one would end a rank before it has saved."""
         received = self._stop.received
+        is_due = self._grow_at is not None and time.monotonic() > self._grow_at and not self._failures
         if received and self._forwarded is None:
-            self._forwarded = received[0]
             say(f"{received[0].name}: the processes finish their step, save and stop. A second signal kills them.")
-            for rank in self._running:
-                rank.process.send_signal(self._forwarded)
-            self._end_within(self._grace_s)
+            self._forward(received[0])
+        elif is_due and self._forwarded is None:
+            self._is_growing = True
+            self._forward(signal.SIGUSR1)
         elif len(received) > 1:
             say(f"{received[1].name} again: killed. {self._what_is_saved()}")
             self._kill()
+
+    def _forward(self, number: signal.Signals) -> None:
+        self._forwarded = number
+        for rank in self._running:
+            rank.process.send_signal(number)
+        self._end_within(self._grace_s)
 
     def _what_is_saved(self) -> str:
         """Text about what is lost by killing the ranks: nothing if the last step is already saved."""

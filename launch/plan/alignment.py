@@ -83,7 +83,5 @@ def _weights(
     model: ModelConfig, pattern: str, *, size: int, tensor: int, is_first: bool = True, is_last: bool = True
 ) -> float:
     """Bytes of the weights of one tensor rank."""
-    tensors = stage_tensors(
-        model, pattern.replace("|", ""), tensor=tensor, is_first=is_first, is_last=is_last, low_layers=frozenset()
-    )
+    tensors = stage_tensors(model, pattern.replace("|", ""), tensor=tensor, is_first=is_first, is_last=is_last)
     return float(sum(one.numel * (4 if one.is_fp32 else size) for one in tensors))

@@ -5,6 +5,7 @@
 It needs no torch and no GPU and allocates no tensors, so it runs on a login node in a second.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,10 +21,11 @@ from launch.plan.cost.traffic import StepTraffic, step_traffic
 from launch.plan.teacher import find_teacher, teacher_cost
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.muon import layer_matrices
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
 from recipes.schema.recipe import Recipe
-from recipes.schema.scaling import low_precision_linears
+from recipes.schema.scaling import low_precision_linears, rule_numbers
 from recipes.schema.units import GIB
 
 USABLE = 0.97
@@ -199,6 +201,7 @@ def make_plan(
             teacher=frozen[stage],
             caches=aligned.caches,
             distils=recipe.objective.kind == "distill",
+            muon=recipe.optim.kind == "muon",
         )
         for stage in range(layout.pipeline)
     )
@@ -226,7 +229,7 @@ def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], devic
     """Everything that the step time of a recipe depends on."""
     low = low_precision_linears(recipe.model, recipe.precision)
     layers = range(len(layer_kinds(recipe.model.pattern)))
-    scaling = recipe.precision.scaling
+    scaling, rules = recipe.precision.scaling, recipe.precision.rules
     form: Format = "fp4" if scaling == "nvfp4" else "fp8"
     return Setting(
         model=recipe.model,
@@ -239,18 +242,28 @@ def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], devic
         high=_high(recipe, device),
         scaling=scaling,
         high_precision_layers=frozenset(layer for layer in layers if layer not in low),
+        rules={
+            layer: {name: rules[number].scaling for name, number in names.items()}
+            for layer, names in rule_numbers(recipe.model, recipe.precision).items()
+        },
         split_sequence=recipe.parallel.sequence,
         recompute=1.0 if recipe.parallel.recompute == "full" else 0.0,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
+        muon=recipe.optim.muon if recipe.optim.kind == "muon" else None,
         software=STRATUM,
     )
 
 
 def checkpoints_of(recipe: Recipe, *, layout: Layout, device: Device) -> Checkpoints:
-    """Size and times of a checkpoint: weights in the recipe's format, fp32 masters if these are bf16, two fp32 moments."""
+    """Size and times of a checkpoint: weights in the recipe's format, fp32 masters if these are bf16, two fp32 moments (of Muon's
+    matrices one)."""
     total = parameters(recipe.model).total
     size = float(total * (2 + 12 if recipe.precision.params == "bf16" else 4 + 8))
+    if recipe.optim.kind == "muon":
+        layers = layer_kinds(recipe.model.pattern)
+        one = {kind: layer_matrices(recipe.model, kind, muon=recipe.optim.muon) for kind in set(layers)}
+        size -= 4 * sum(math.prod(matrix) for kind in layers for matrix in one[kind])
     nodes = max(1, layout.world // device.node)
     return Checkpoints(
         size_bytes=size,

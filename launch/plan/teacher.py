@@ -20,6 +20,7 @@ from recipes.schema.facts import Named, named
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import recipe_in
+from recipes.schema.scaling import layer_linears
 from recipes.schema.teacher_placement import placement_of
 from recipes.schema.teacher_rules import teacher_vocabulary_problems
 from recipes.schema.typed import FieldError, build
@@ -87,8 +88,8 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
     size = 2 if params == "bf16" else 4
     is_low = objective.teacher_scaling != "none"
     pattern = model.pattern.replace("|", "")
-    low_layers = frozenset(range(len(pattern))) if is_low else frozenset()
-    tensors = stage_tensors(model, pattern, tensor=tensor, is_first=True, is_last=True, low_layers=low_layers)
+    linears = {index: layer_linears(model, kind) for index, kind in enumerate(pattern)} if is_low else {}
+    tensors = stage_tensors(model, pattern, tensor=tensor, is_first=True, is_last=True, low=linears)
     weights = sum(one.numel * (4 if one.is_fp32 else size) + 2 * one.numel * one.is_low for one in tensors)
     if tensor != layout.tensor:  # the teacher's head is sharded over the student's tensor ranks instead of its own
         table = model.vocab * model.hidden * size

@@ -9,7 +9,7 @@ from launch.lease import LeaseError, current_owner
 from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
-from launch.slurm.command import active_jobs, job_numbers
+from launch.slurm.jobs import active_jobs, job_numbers
 from launch.user_errors import exit_status
 from recipes.schema.errors import RecipeError
 from recipes.schema.foreign import printable

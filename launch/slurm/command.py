@@ -19,7 +19,7 @@ from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal, take
 from launch.plan.submission import check_plan
-from launch.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
+from launch.queue import SlurmError, submit
 from launch.runs import RunFolder
 from launch.slurm.after_job import reset_state
 from launch.slurm.job_script import (
@@ -32,12 +32,12 @@ from launch.slurm.job_script import (
     without_gpus,
 )
 from launch.slurm.job_times import advice
+from launch.slurm.jobs import active_jobs
 from launch.slurm.snapshot import config_folders, take_snapshot
 from launch.user_errors import exit_status
 from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
-from recipes.schema.foreign import read_bounded_text
 from recipes.schema.launch_rules import environment_of, processes_per_node, script_problems, slurm_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
@@ -79,20 +79,6 @@ def main(arguments: Sequence[str]) -> int:
     return exit_status(
         functools.partial(_train, recipe, words, dry_run=own.dry_run, device=own.device, force=own.force)
     )
-
-
-def active_jobs(run: RunFolder) -> list[QueuedJob]:
-    """Jobs of a run that wait or run, including jobs that a user submitted with its script."""
-    numbers = {*job_numbers(run)[-8:], *jobs_of_script(run.logs / "job.sh")}
-    return [job for job in look_up(sorted(numbers)) if job.is_active]
-
-
-def job_numbers(run: RunFolder) -> list[int]:
-    """Numbers of all jobs of this run, oldest first; none if the file is not a list of numbers."""
-    try:
-        return [int(word) for word in read_bounded_text(run.logs / "jobs").split() if len(word) < 19]
-    except (OSError, ValueError):
-        return []
 
 
 def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, force: bool) -> int:

@@ -43,13 +43,13 @@ _KINDS: dict[str, Kind] = {
             "model.window_tokens", "model.query_scale", "model.attention_softcap", "model.logit_softcap",
             "model.vocab_padding", "model.experts.top_k", "model.experts.score", "model.experts.groups",
             "model.experts.top_groups", "model.experts.scaling", "model.experts.capacity", "model.experts.bias_rate",
-            "model.experts.aux_loss", "model.experts.aux_coefficient",
+            "model.experts.aux_loss", "model.experts.aux_coefficient", "model.mtp.loss_scale",
         ),
         "arithmetic",
     ),
     **dict.fromkeys(
         (
-            "model", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
+            "model", "optim.kind", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
             "objective.grpo.generations_per_prompt", "objective.grpo.updates_per_batch", "objective.grpo.passes_per_batch",
             "objective.grpo.off_policy_steps",
         ),
@@ -130,6 +130,14 @@ def replaces_head(saved: dict[str, Any], recipe: Recipe) -> bool:
     return recipe.model.head == "scalar" and model.get("head", _default("model.head")) == "vocabulary"
 
 
+def mtp_change(saved: dict[str, Any], recipe: Recipe) -> Literal["none", "left out", "drawn"]:
+    """What happens to the further depths (`model.mtp`) when a run starts from a checkpoint's weights: those of the checkpoint may
+    be left out, and those of the recipe be drawn. saved: the checkpoint's resolved recipe."""
+    mtp = (saved.get("model") or {}).get("mtp") or {}
+    had, has = mtp.get("depths", 0) > 0, recipe.model.mtp.depths > 0
+    return "none" if had == has else ("left out" if had else "drawn")
+
+
 def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str, except_head: bool = False) -> None:
     """RecipeError if this recipe's model computes another function with a checkpoint's weights than the one they were trained
     as. Shapes can match while activations, norms, angles or heads differ, and the loss would not show it for a long time.
@@ -175,6 +183,7 @@ def _effective(model: dict[str, Any]) -> dict[str, Any]:
     plain = {field.name: _default(f"model.{field.name}") for field in dataclasses.fields(ModelConfig)} | model
     kinds = set(str(plain["pattern"]))
     plain["pattern"] = str(plain["pattern"]).replace("|", "")
+    plain.pop("mtp", None)  # further depths do not change what predicts the next token; `mtp_change` compares them
     plain["query_scale"] = plain["query_scale"] or plain["head_dim"]
     unused = [] if kinds & {"*", "w"} else _ATTENTION
     unused = unused if "w" in kinds else [*unused, "window_tokens"]
@@ -207,7 +216,7 @@ def _meaning(kind: Kind) -> str:
 def _kind(key: str, new: dict[str, Any]) -> Kind:
     if key == "run.steps":
         schedule = new.get("schedule", {})
-        ends = schedule.get("kind") == "cosine" or (schedule.get("kind") == "wsd" and schedule.get("decay"))
+        ends = schedule.get("kind") in ("cosine", "linear") or (schedule.get("kind") == "wsd" and schedule.get("decay"))
         ends = ends or (isinstance(schedule.get("warmup"), float) and schedule["warmup"] > 0)  # a fraction of the run
         return "arithmetic" if ends and schedule.get("total") is None else "safe"
     if key == "run.microbatch_rows":

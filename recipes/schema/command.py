@@ -10,7 +10,6 @@ on stderr and exit status 2.
 
 import argparse
 import dataclasses
-import errno
 import hashlib
 import itertools
 import logging
@@ -46,7 +45,7 @@ from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import printable
-from recipes.schema.messages import complain
+from recipes.schema.messages import SYSTEM_REMEDIES, complain, describe_system_error
 from recipes.schema.options import STRATUM, CommandParser, options_of
 from recipes.schema.recipe import Recipe
 from recipes.schema.recipe_source import RecipeSource, refuse_code_in_word
@@ -62,22 +61,6 @@ _MOST_JOBS = 1000
 """Most runs of one sweep."""
 _LONGEST_NAME = 150
 """Most characters that a sweep adds to the name of a run."""
-_SYSTEM_REMEDIES = {
-    errno.EACCES: "Check who may read and write it.",
-    errno.EPERM: "Check who may read and write it.",
-    errno.EROFS: "The file system cannot be written to. Choose another folder.",
-    errno.ENOSPC: "The disk is full. Free some space, then repeat the command.",
-    errno.EDQUOT: "Your disk quota is used up. Free some space, then repeat the command.",
-    errno.EMFILE: "Raise the limit: `ulimit -n 65536`.",
-    errno.ENFILE: "The machine has too many open files. End other processes, then repeat the command.",
-    errno.ENOTDIR: "A part of this path is a file, not a folder. Choose another path.",
-    errno.EISDIR: "This path is a folder, not a file. Choose another path.",
-    errno.EEXIST: "A file or folder of another kind has this path. Choose another path.",
-    errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.ELOOP: "A link in this path leads back to itself. Choose another path.",
-    errno.ENOENT: "Check the path.",
-}
-"""{error of the operating system that the user can fix: remedy}."""
 
 _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
@@ -123,7 +106,7 @@ def run_command(
             time.sleep(_RANK_0_S)  # all ranks find it, and torchrun ends this one when rank 0 has printed it
         return complain(error, head=head)
     except OSError as error:
-        if error.errno not in _SYSTEM_REMEDIES:
+        if error.errno not in SYSTEM_REMEDIES:
             raise
         return complain(describe_system_error(error), head=head)
     except KeyboardInterrupt:
@@ -132,13 +115,6 @@ def run_command(
     finally:
         GlobalHydra.instance().clear()
     return max(statuses, default=0)
-
-
-def describe_system_error(error: OSError) -> str:
-    """An error of the operating system as a message: file, reason, remedy."""
-    remedy = _SYSTEM_REMEDIES.get(error.errno or 0, "")
-    named = f"{printable(str(error.filename))}: " if error.filename is not None else ""
-    return f"{named}{error.strerror or error}. {remedy}".rstrip()
 
 
 def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:

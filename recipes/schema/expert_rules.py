@@ -7,7 +7,7 @@ from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
-from recipes.schema.scaling import low_precision_linears, scalings_used
+from recipes.schema.scaling import LINEARS, low_precision_linears, scalings_used
 
 
 def expert_problems(recipe: Recipe) -> list[Problem]:
@@ -29,7 +29,7 @@ def expert_precision_problems(model: ModelConfig, precision: PrecisionConfig, *,
         name = precision.quantize_weights
         text = f"precision.quantize_weights={name} does not support `E` layers (model.pattern={model.pattern})."
         found.append(Problem("precision.quantize_weights", text, "Use quantize_weights=none."))
-    low = any("mlp.experts.linear_fc1" in names for names in low_precision_linears(model, precision).values())
+    low = any(name in LINEARS["E"] for names in low_precision_linears(model, precision).values() for name in names)
     if low and "delayed" in used:
         text = "precision.scaling=delayed has one history a linear layer, but each expert of an `E` layer would need its own."
         found.append(Problem("precision.scaling", text, "Use precision.scaling=current, or blockwise, mxfp8 or nvfp4."))
@@ -49,4 +49,4 @@ def dense_problems(model: ModelConfig, *, place: str, what: str, key: str) -> li
 
 def has_experts(model: ModelConfig) -> bool:
     """Whether a model has an `E` layer."""
-    return "E" in model.pattern
+    return "E" in model.pattern or (model.mtp.depths > 0 and "E" in model.mtp.pattern)

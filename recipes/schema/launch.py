@@ -116,6 +116,9 @@ class LaunchConfig:
     """`stratum launch local`: if one rank fails first twice in a row without progress and no spare GPU is left, continue with
     fewer data-parallel replicas at the same global batch, and at least this many processes. Needs a checkpoint, because another
     layout cannot use copies in memory. null: never."""
+    regrow_s: PositiveFloat = 3600.0
+    """Time after which a run that continues with fewer processes (`least_processes`) saves and starts again with all of them,
+    because the device may be well again."""
     grace_s: PositiveFloat = 600.0
     """Time after a signal for the step and a save before processes are killed: at least the longest step and a save."""
     environment: str = ""

@@ -14,7 +14,7 @@ from recipes.schema.errors import Problem, refuse
 from recipes.schema.experts import experts_problems
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import ATTENTION, LayerKind, cut_problems, layer_kinds, pattern_problems
+from recipes.schema.pattern import ATTENTION, LayerKind, cut_problems, kinds_of, mtp_problems, pattern_problems
 from recipes.schema.run import RunConfig
 
 _LARGEST_DEGREE = 1 << 20
@@ -95,10 +95,10 @@ def layout_problems(
 ) -> list[Problem]:
     """Every rule that a layout breaks. world: None if the number of processes is not known."""
     problems = _switch_problems(parallel)
-    wrong = pattern_problems(model.pattern)
+    wrong = [*pattern_problems(model.pattern), *mtp_problems(model)]
     problems += wrong
     if not wrong:
-        kinds = set(layer_kinds(model.pattern))
+        kinds = kinds_of(model)
         problems += _shape_problems(model, kinds)
         problems += _tensor_problems(model, parallel, kinds)
         problems += _expert_problems(model, parallel, kinds)
@@ -106,6 +106,9 @@ def layout_problems(
         problems += _context_problems(model, parallel, kinds)
         problems += cut_problems(model.pattern, parallel.pipeline * parallel.virtual_pipeline)
     problems += _row_problems(parallel, row_tokens)
+    if model.mtp.depths >= row_tokens - 1:
+        text = f"model.mtp.depths={model.mtp.depths} predicts tokens beyond the rows of data.row_tokens={row_tokens}."
+        problems.append(Problem("model.mtp.depths", text, f"Use at most {max(0, row_tokens - 2)}."))
     return problems if world is None else problems + _world_problems(parallel, run, world)
 
 

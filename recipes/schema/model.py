@@ -8,6 +8,7 @@ from typing import Literal
 
 from recipes.schema.experts import ExpertsConfig
 from recipes.schema.fields import Count, PositiveFloat, PositiveInt, SoftCap
+from recipes.schema.mtp import MtpConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ModelConfig:
     """Nonlinearity of MLPs and experts; `swiglu` and `geglu` are gated. Nemotron-H uses squared ReLU (arXiv 2504.03624)."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """Experts of an `E` layer (docs/experts.md)."""
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    """Multi-token prediction (docs/mtp.md)."""
     heads: PositiveInt = 4
     """Query heads of an attention layer."""
     kv_heads: PositiveInt = 4

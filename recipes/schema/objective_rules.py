@@ -28,6 +28,27 @@ def reward_problems(recipe: Recipe) -> list[Problem]:
     return found
 
 
+def mtp_objective_problems(recipe: Recipe) -> list[Problem]:
+    """An objective that would leave the further depths of `model.mtp` without a gradient."""
+    kind, depths = recipe.objective.kind, recipe.model.mtp.depths
+    if not depths or kind == "next_token":
+        return []
+    text = f"model.mtp.depths={depths} is trained by objective.kind=next_token only, not by {kind}."
+    remedy = (
+        "Use model.mtp.depths=0. A run that starts from a model with further depths (run.start_from) leaves them out."
+    )
+    return [Problem("model.mtp.depths", text, remedy)]
+
+
+def without_mtp_problems(model: ModelConfig, *, place: str, what: str, key: str) -> list[Problem]:
+    """A model with further depths where a tool does not support them. place: the checkpoint; what: the tool; key: its field."""
+    if not model.mtp.depths:
+        return []
+    text = f"{place} predicts several tokens (model.mtp.depths={model.mtp.depths}), which {what} does not support."
+    remedy = "Start a run from it with model.mtp.depths=0 (run.start_from, run.steps=1), and use that run."
+    return [Problem(key, text, remedy)]
+
+
 def data_fit_problems(recipe: Recipe) -> list[Problem]:
     """Media, which no model reads yet; an objective that needs preferences without them, and preferences with another one."""
     kind, preferences = recipe.objective.kind, recipe.data.preferences

@@ -5,8 +5,9 @@ earlier tokens, `-` MLP, `E` mixture of experts. `|` sets a cut between pipeline
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, cast
@@ -35,9 +36,40 @@ def layer_kinds(pattern: str) -> list[LayerKind]:
     return [cast(LayerKind, sign) for sign in pattern if sign != CUT]
 
 
+def kinds_of(model: ModelConfig) -> set[LayerKind]:
+    """The kinds of layers that a model has, those of its further depths included."""
+    return set(layer_kinds(model.pattern)) | set(mtp_kinds(model))
+
+
+def mtp_kinds(model: ModelConfig) -> list[LayerKind]:
+    """The layers of one further depth, in order; [] without multi-token prediction."""
+    return layer_kinds(model.mtp.pattern) if model.mtp.depths else []
+
+
+def mtp_problems(model: ModelConfig) -> list[Problem]:
+    """Why the depths of `model.mtp` cannot be built."""
+    mtp, key = model.mtp, "model.mtp.pattern"
+    if not mtp.depths:
+        return []
+    if CUT in mtp.pattern:
+        text = f"{key}={mtp.pattern} has a `|`, but all depths are on the last pipeline stage."
+        return [Problem(key, text, f"Use {key}={mtp.pattern.replace(CUT, '') or '*-'}.")]
+    if wrong := pattern_problems(mtp.pattern):
+        return [Problem(key, wrong[0].text.replace("model.pattern", key), wrong[0].remedy)]
+    if model.head == "scalar":
+        text = f"model.mtp.depths={mtp.depths} predicts tokens, but model.head=scalar predicts none."
+        return [Problem("model.mtp.depths", text, "Use model.mtp.depths=0.")]
+    return []
+
+
 def pattern_problems(pattern: str) -> list[Problem]:
     """The first reason why a text is not a pattern of layers."""
     key, alphabet = "model.pattern", ", ".join(f"`{sign}` {name}" for sign, name in KINDS.items())
+    main, *depths = pattern.split("/")
+    if depths and len(set(depths)) == 1 and set(main) <= {*KINDS, CUT} and set(depths[0]) <= set(KINDS):
+        text = f"model.pattern={pattern} names the depths of multi-token prediction, as Megatron writes them."
+        remedy = f"Use model.pattern={main} model.mtp.pattern={depths[0]} model.mtp.depths={len(depths)}."
+        return [Problem(key, text, remedy)]
     for place, sign in enumerate(pattern):
         if sign not in KINDS and sign != CUT:
             text = f"model.pattern={pattern}: character {place + 1} is {sign!r}."
@@ -61,7 +93,7 @@ def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
 
     If the pattern has `|`, it is cut there: as often as there are stages, or not at all for a single stage. Without `|`, the
     layers are cut into contiguous parts so that the largest share of the forward FLOPs in matrix products is as small as
-    possible, where the head counts with the last part. Of the cuts that reach this, the most even one is used.
+    possible, where the head and further depths count with the last part. Of the cuts that reach this, the most even one is used.
     """
     refuse([*pattern_problems(pattern), *cut_problems(pattern, stages)])
     kinds = layer_kinds(pattern)
@@ -71,7 +103,9 @@ def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
     if CUT in pattern:
         return pattern.split(CUT)
     costs = [layer_matmul_weights(kind, model) for kind in kinds]
-    costs[-1] += model.head_rows * model.hidden
+    head = model.head_rows * model.hidden
+    depth = mtp_projection_weights(model) + sum(layer_matmul_weights(kind, model) for kind in mtp_kinds(model)) + head
+    costs[-1] += head + model.mtp.depths * depth
     return [layers[start:end] for start, end in balanced_ranges(costs, stages)]
 
 
@@ -162,19 +196,22 @@ class ParameterCount:
     idle: int
     """Routed experts of `E` layers beyond the `top_k` that process a token."""
     final_norm: int
+    mtp: int
+    """Multi-token prediction: all sets of weights of its depths. The fields above are those of the model without it."""
     norms: int
-    """All RMSNorm weights: each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm. The fields above include
-    them."""
+    """All RMSNorm weights: each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm, and those of further
+    depths. The fields above include them."""
 
     @property
     def total(self) -> int:
         """Every parameter once."""
-        return self.embedding + self.head + self.mamba + self.attention + self.mlp + self.experts + self.final_norm
+        layers = self.mamba + self.attention + self.mlp + self.experts
+        return self.embedding + self.head + layers + self.final_norm + self.mtp
 
     @property
     def active(self) -> int:
-        """Parameters that take part in processing one token, embedding and head included."""
-        return self.total - self.idle
+        """Parameters that take part in predicting one token, embedding and head included, further depths not."""
+        return self.total - self.idle - self.mtp
 
 
 def mamba_layer_parameters(model: ModelConfig) -> int:
@@ -219,7 +256,15 @@ def layer_norms(model: ModelConfig) -> int:
 def parameters(model: ModelConfig) -> ParameterCount:
     """Exact parameter count of a model (Nemotron-H, arXiv 2504.03624; Mamba-2, arXiv 2405.21060; Gemma 2, arXiv 2408.00118)."""
     layers = counts(model.pattern)
-    norms = sum(layers.values()) * layer_norms(model) + model.hidden
+    depth = [0, 0]  # parameters and norms of one further depth
+    if mtp_kinds(model):
+        sizes = {
+            "M": mamba_layer_parameters, "*": attention_layer_parameters, "w": attention_layer_parameters,
+            "-": mlp_layer_parameters, "E": expert_layer_parameters,
+        }  # fmt: skip
+        depth[1] = 3 * model.hidden + sum(_norm_weights(kind, model) for kind in mtp_kinds(model))
+        depth[0] = mtp_projection_weights(model) + 3 * model.hidden + sum(sizes[k](model) for k in mtp_kinds(model))
+    norms = sum(count * _norm_weights(kind, model) for kind, count in layers.items()) + model.hidden
     return ParameterCount(
         embedding=model.vocab * model.hidden,
         head=model.head_rows * model.hidden if model.has_own_head else 0,
@@ -229,28 +274,49 @@ def parameters(model: ModelConfig) -> ParameterCount:
         experts=layers["E"] * expert_layer_parameters(model),
         idle=layers["E"] * (model.experts.count - model.experts.top_k) * expert_parameters(model),
         final_norm=model.hidden,
-        norms=norms + layers["M"] * model.mamba_heads * model.mamba_head_dim,
+        mtp=model.mtp.sets * depth[0],
+        norms=norms + model.mtp.sets * depth[1],
     )
+
+
+def mtp_projection_weights(model: ModelConfig) -> int:
+    """The projection of a further depth, from embedding and hidden state to a hidden state."""
+    return 2 * model.hidden * model.hidden
+
+
+def _norm_weights(kind: LayerKind, model: ModelConfig) -> int:
+    """Weights of all norms of a layer; a Mamba-2 layer also has a gated one."""
+    return layer_norms(model) + (model.mamba_heads * model.mamba_head_dim if kind == "M" else 0)
 
 
 def weights_of(model: ModelConfig) -> dict[str, object]:
     """Everything that names and shapes of weights depend on. Models with equal values can load each other's weights."""
-    kinds = layer_kinds(model.pattern)
+    kinds = kinds_of(model)
     names = ["hidden", "vocab", "head", "post_norms"]
     names += ["tie_embeddings"] * (model.head == "vocabulary")
-    names += ["heads", "kv_heads", "head_dim"] * bool(set(kinds) & set(ATTENTION))
+    names += ["heads", "kv_heads", "head_dim"] * bool(kinds & set(ATTENTION))
     names += ["mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "mamba_conv"] * ("M" in kinds)
     found = {f"model.{name}": getattr(model, name) for name in names}
-    found["model.pattern"] = "".join("*" if kind in ATTENTION else kind for kind in kinds)  # windows have no weights
+    found["model.pattern"] = _without_windows(layer_kinds(model.pattern))
+    if model.mtp.depths:
+        found |= {
+            "model.mtp.pattern": _without_windows(mtp_kinds(model)),
+            "sets of weights of model.mtp": model.mtp.sets,
+        }
     if "-" in kinds:
         found |= {"model.ffn": model.ffn}
     if "E" in kinds:
         names = ["count", "ffn", "shared_ffn", "latent"]
         found |= {f"model.experts.{name}": getattr(model.experts, name) for name in names}
         found |= {"balanced by a bias": model.experts.bias_rate > 0}
-    if {"-", "E"} & set(kinds):
+    if {"-", "E"} & kinds:
         found |= {"gated MLP": model.activation in GATED}
     return found
+
+
+def _without_windows(kinds: list[LayerKind]) -> str:
+    """A pattern in which all attention layers are alike: windows have no weights."""
+    return "".join("*" if kind in ATTENTION else kind for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -265,6 +331,8 @@ class Flops:
     experts: float
     """Active experts, router and latent projections."""
     head: float
+    mtp: float
+    """Further depths: their projections, layers and passes of the head."""
 
     @property
     def total(self) -> float:
@@ -277,6 +345,7 @@ class Flops:
             + self.mlp
             + self.experts
             + self.head
+            + self.mtp
         )
 
 
@@ -294,22 +363,31 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
     2 N P H. Elementwise work is not counted: states passed from chunk to chunk (2 N P H / Q), decays, norms, activations, the
     convolution.
     """
-    layers = counts(model.pattern)
+    further = 0.0
+    if kinds := mtp_kinds(model):
+        one = _layer_flops(Counter(kinds), model, sequence)
+        further = model.mtp.depths * (one.total + 6 * mtp_projection_weights(model))
+    return replace(_layer_flops(Counter(layer_kinds(model.pattern)), model, sequence), mtp=further)
+
+
+def _layer_flops(number: Counter[LayerKind], model: ModelConfig, sequence: int) -> Flops:
+    """Of some layers, by kind, and the head."""
     chunk = min(model.mamba_chunk, sequence)
     inner = model.mamba_heads * model.mamba_head_dim
     scan_forward = (
         2 * chunk * model.mamba_state * model.mamba_groups + 2 * chunk * inner + 4 * model.mamba_state * inner
     )
-    attention_layers = layers["*"] + layers["w"]
-    keys = layers["*"] * visible_keys(sequence) + layers["w"] * visible_keys(sequence, window=model.window_tokens)
+    attention_layers = number["*"] + number["w"]
+    keys = number["*"] * visible_keys(sequence) + number["w"] * visible_keys(sequence, window=model.window_tokens)
     return Flops(
-        mamba_projections=6 * layers["M"] * layer_matmul_weights("M", model),
-        scan=3 * layers["M"] * scan_forward,
+        mamba_projections=6 * number["M"] * layer_matmul_weights("M", model),
+        scan=3 * number["M"] * scan_forward,
         attention_projections=6 * attention_layers * layer_matmul_weights("*", model),
         attention_scores=3 * 4 * keys * model.heads * model.head_dim,
-        mlp=6 * layers["-"] * layer_matmul_weights("-", model),
-        experts=6 * layers["E"] * layer_matmul_weights("E", model),
+        mlp=6 * number["-"] * layer_matmul_weights("-", model),
+        experts=6 * number["E"] * layer_matmul_weights("E", model),
         head=6 * model.head_rows * model.hidden,
+        mtp=0.0,
     )
 
 

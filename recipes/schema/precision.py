@@ -6,7 +6,22 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import Count, PositiveFloat, PositiveInt
+from recipes.schema.fields import Count, PositiveFloat, PositiveFraction, PositiveInt
+
+
+@dataclass(frozen=True)
+class LinearRule:
+    """The scaling of the linear layers that match all of these fields. The first rule that matches a linear layer decides."""
+
+    scaling: Literal["none", "current", "blockwise", "mxfp8", "nvfp4"]
+    """Their scaling, instead of `precision.scaling`; `none`: high precision."""
+    kinds: str = ""
+    """Letters of `model.pattern`: layers of these kinds only; empty: of all kinds."""
+    linears: str = "*"
+    """Names inside the layer, with `*` for any text: `self_attention.linear_qkv` and `linear_proj`, `mixer.in_proj` and
+    `out_proj`, `mlp.linear_fc1` and `linear_fc2`, `mlp.experts.*`, `mlp.shared_experts.*`."""
+    last_fraction: PositiveFraction = 1.0
+    """Only layers in this last part of the pattern, rounded to whole layers."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,9 @@ class PrecisionConfig:
     """Number of layers at the start of the pattern that stay in `params` precision."""
     high_precision_last: Count = 0
     """Number of layers at the end of the pattern that stay in `params` precision (Nemotron Nano 2: two at each end)."""
+    rules: tuple[LinearRule, ...] = ()
+    """Other scalings for some linear layers, in order; for steps whose scaling is not `none`. Nemotron 3 Super: precision group
+    `nemotron3_super`. Layers of `high_precision_first` and `high_precision_last` are not affected."""
     switch_at_tokens: Count | None = None
     """From the first step at or after this many tokens on, use `scaling_after`; null: never."""
     scaling_after: Literal["none", "delayed", "current", "blockwise", "mxfp8", "nvfp4", "unscaled"] = "none"

@@ -1,4 +1,4 @@
-"""Rules of `run.spikes`: problems that the recipe alone shows. `recipes.schema.rules.problems` calls them."""
+"""Rules of `run.spikes` and `run.integrity`: problems that the recipe alone shows. `recipes.schema.rules.problems` calls them."""
 
 from recipes.schema.errors import Problem
 from recipes.schema.recipe import Recipe
@@ -25,4 +25,28 @@ def spike_problems(recipe: Recipe) -> list[Problem]:
         )
         remedy = f"Set checkpoint.every_steps below run.steps={recipe.run.steps:,}."
         found.append(Problem("checkpoint.every_steps", text, remedy))
+    return found
+
+
+def integrity_problems(recipe: Recipe) -> list[Problem]:
+    """Checks for silent corruption that are configured but turned off, or that do not cover the layout."""
+    config = recipe.run.integrity
+    chosen = {"products": list(config.products), "collectives": config.collectives}
+    found = [
+        Problem(
+            f"run.integrity.{name}",
+            f"run.integrity.{name}={str(value).lower()} has no effect, because run.integrity.enabled=false.",
+            "Set run.integrity.enabled=true.",
+        )
+        for name, value in chosen.items()
+        if value and not config.enabled
+    ]
+    degrees = {"pipeline": recipe.parallel.pipeline, "expert": recipe.parallel.expert}
+    for name, value in chosen.items():
+        for degree in ("pipeline", "expert") if name == "collectives" else ("pipeline",):
+            if value and degrees[degree] > 1:
+                text = f"run.integrity.{name} does not support parallel.{degree}={degrees[degree]}."
+                found.append(
+                    Problem(f"run.integrity.{name}", text, f"Remove run.integrity.{name}, or use parallel.{degree}=1.")
+                )
     return found

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from recipes.schema.changes import check_folder, differences, refused, replaces_head
+from recipes.schema.changes import check_folder, differences, mtp_change, refused, replaces_head
 from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
@@ -27,16 +27,31 @@ from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
-from recipes.schema.objective_rules import data_fit_problems, dpo_problems, reward_problems, unused
-from recipes.schema.optim import ScheduleConfig
+from recipes.schema.objective_rules import (
+    data_fit_problems,
+    dpo_problems,
+    mtp_objective_problems,
+    reward_problems,
+    unused,
+)
+from recipes.schema.optim import OptimConfig, ScheduleConfig
+from recipes.schema.optim_rules import optim_problems
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
+from recipes.schema.pattern import layer_kinds, mtp_problems, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.resilience_rules import spike_problems
-from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
+from recipes.schema.resilience_rules import integrity_problems, spike_problems
+from recipes.schema.scaling import (
+    block_notes,
+    low_precision_linears,
+    rotation_problems,
+    rule_notes,
+    rule_problems,
+    scalings_used,
+    shape_problems,
+)
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.storage_rules import storage_notes, storage_problems
 from recipes.schema.tasks import task_problems
@@ -66,8 +81,11 @@ def problems(
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
+        *mtp_objective_problems(recipe),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
+        *optim_problems(recipe.optim, recipe.model),
+        *integrity_problems(recipe),
         *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
@@ -96,7 +114,7 @@ def problems(
             reads_files=here and disk is not None,
         ),
     ]
-    if not pattern_problems(recipe.model.pattern):
+    if not pattern_problems(recipe.model.pattern) and not mtp_problems(recipe.model):
         found += precision_problems(recipe, machine)
     if disk is not None:
         found += disk_problems(recipe, disk, prepared=prepared, here=here, world=world)
@@ -115,6 +133,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             parallel=ParallelConfig(),
             precision=PrecisionConfig(),
             objective=ObjectiveConfig(kind=kind, dpo=recipe.objective.dpo) if is_fit else ObjectiveConfig(),
+            optim=OptimConfig(),
             schedule=ScheduleConfig(),
             evaluate=EvaluateConfig(),
         )
@@ -142,6 +161,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
         shapes = "; ".join(str(problem) for problem in _shapes(recipe))
         if shapes:
             found.append(Problem("precision.scaling", f"a GPU would refuse this recipe: {shapes}"))
+    found += rule_notes(recipe.model, precision)
     found += block_notes(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     if prepared is not None:
         if 0 < prepared.vocab_size < recipe.model.real_vocab:
@@ -218,6 +238,9 @@ def precision_problems(recipe: Recipe, machine: Machine | None) -> list[Problem]
     machine = _of_run(recipe, machine)
     backend = backend_name(precision, machine)
     found += backend_problems(precision, machine) + shape_rules(recipe, backend=backend)
+    if recipe.run.integrity.products and (backend == "te" or machine.has_gpu):
+        text = f"run.integrity.products={list(recipe.run.integrity.products)} checks products on a CPU only."
+        found.append(Problem("run.integrity.products", text, "Set run.integrity.products=[]."))
     if backend == "te":
         for scaling in used:
             found += _generation_problems("precision.scaling", scaling, machine)
@@ -234,10 +257,12 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         layers = len(layer_kinds(recipe.model.pattern))
         text = (
             f"precision.scaling={'/'.join(used)}, but high_precision_first={precision.high_precision_first} and "
-            f"high_precision_last={precision.high_precision_last} keep all {layers} layers in high precision."
+            f"high_precision_last={precision.high_precision_last}{' and rules' * bool(precision.rules)} keep all {layers} "
+            f"layers in high precision."
         )
         remedy = f"Lower them so that their sum is less than {layers}, or use precision.scaling=none."
         found.append(Problem("precision.high_precision_first", text, remedy))
+    found += rule_problems(recipe.model, precision)
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
     found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     found += expert_precision_problems(recipe.model, precision, backend=backend)
@@ -375,6 +400,8 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
         model = start.recipe.model
         if replaces_head(start.manifest.recipe, recipe):
             model = dataclasses.replace(model, head="scalar")
+        if mtp_change(start.manifest.recipe, recipe) != "none":
+            model = dataclasses.replace(model, mtp=recipe.model.mtp)
         ours, theirs = weights_of(recipe.model), weights_of(model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]

@@ -15,14 +15,16 @@ the same name. Tables: docs/fp8.md.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import GATED, layer_kinds
-from recipes.schema.precision import PrecisionConfig
+from recipes.schema.precision import LinearRule, PrecisionConfig
 
 HADAMARD = 16
 """Number of values that the Hadamard rotation of NVFP4 mixes (arXiv 2509.25149)."""
@@ -167,22 +169,116 @@ def layer_linears(model: ModelConfig, kind: str) -> tuple[str, ...]:
     return LINEARS[kind] + (SHARED_LINEARS if kind == "E" and model.experts.shared_ffn else ())
 
 
+def rule_numbers(model: ModelConfig, precision: PrecisionConfig) -> dict[int, dict[str, int]]:
+    """{global layer index: {linear: index of the rule of `precision.rules` that decides its scaling}}, between the layers at the
+    ends that stay in high precision."""
+    found: dict[int, dict[str, int]] = {}
+    for index, kind in _between_ends(model, precision):
+        for name in layer_linears(model, kind):
+            for number, rule in enumerate(precision.rules):
+                if _applies(rule, model, index=index, kind=kind, linear=name):
+                    found.setdefault(index, {})[name] = number
+                    break
+    return found
+
+
+def _between_ends(model: ModelConfig, precision: PrecisionConfig) -> list[tuple[int, str]]:
+    """(global index, kind) of the layers that `high_precision_first` and `high_precision_last` leave."""
+    kinds = layer_kinds(model.pattern)
+    first, last = precision.high_precision_first, len(kinds) - precision.high_precision_last
+    return [(index, kind) for index, kind in enumerate(kinds) if first <= index < last]
+
+
+def _applies(rule: LinearRule, model: ModelConfig, *, index: int, kind: str, linear: str) -> bool:
+    layers = len(layer_kinds(model.pattern))
+    is_late = index >= layers - round(rule.last_fraction * layers)
+    return (not rule.kinds or kind in rule.kinds) and is_late and fnmatchcase(linear, rule.linears)
+
+
+def linear_scalings(model: ModelConfig, precision: PrecisionConfig, scaling: str) -> dict[int, dict[str, str]]:
+    """{global layer index (from 0): {linear: its scaling}} of a step whose scaling is `scaling`; without linears and layers in
+    high precision."""
+    if scaling == "none":
+        return {}
+    found: dict[int, dict[str, str]] = {}
+    decided = rule_numbers(model, precision)
+    for index, kind in _between_ends(model, precision):
+        rules = decided.get(index, {})
+        names = {
+            name: precision.rules[rules[name]].scaling if name in rules else scaling
+            for name in layer_linears(model, kind)
+        }
+        if low := {name: own for name, own in names.items() if own != "none"}:
+            found[index] = low
+    return found
+
+
 def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dict[int, tuple[str, ...]]:
     """{global layer index (from 0): names of its low-precision linears}. Layers in high precision are left out.
 
-    The first `high_precision_first` and last `high_precision_last` layers of the pattern stay in high precision.
+    The first `high_precision_first` and last `high_precision_last` layers of the pattern stay in high precision, and the linears
+    for which a rule says so.
     """
-    if not scalings_used(precision):
-        return {}
-    kinds = layer_kinds(model.pattern)
-    first, last = precision.high_precision_first, len(kinds) - precision.high_precision_last
-    return {index: layer_linears(model, kind) for index, kind in enumerate(kinds) if first <= index < last}
+    for scaling in (precision.scaling, precision.scaling_after if precision.switch_at_tokens is not None else "none"):
+        if found := linear_scalings(model, precision, scaling):  # which linears are low does not depend on the scaling
+            return {index: tuple(names) for index, names in found.items()}
+    return {}
 
 
 def scalings_used(precision: PrecisionConfig) -> list[str]:
-    """The low-precision recipes that a run uses, in order of time; [] if all steps are in high precision."""
+    """The low-precision recipes that a run uses, those of rules last; [] if all steps are in high precision."""
     names = [precision.scaling, *([precision.scaling_after] if precision.switch_at_tokens is not None else [])]
-    return [name for name in dict.fromkeys(names) if name != "none"]
+    found = [name for name in dict.fromkeys(names) if name != "none"]
+    return (
+        list(dict.fromkeys([*found, *(rule.scaling for rule in precision.rules if rule.scaling != "none")]))
+        if found
+        else []
+    )
+
+
+def rule_problems(model: ModelConfig, precision: PrecisionConfig) -> list[Problem]:
+    """Rules of `precision.rules` that decide nothing, or that go with no scaling of the run."""
+    key, rules, used = "precision.rules", precision.rules, scalings_used(precision)
+    if not rules:
+        return []
+    if not used:
+        text = f"{key} has {len(rules)} rules, but precision.scaling=none: all linear layers are in high precision."
+        return [
+            Problem(key, text, "Set precision.scaling, which is that of the linear layers without a rule, or rules=[].")
+        ]
+    found = []
+    if "delayed" in used:
+        text = f"{key} with delayed scaling: Transformer Engine has one autocast for all linear layers then."
+        found.append(Problem(key, text, "Use precision.scaling=current, blockwise, mxfp8 or nvfp4."))
+    if precision.fp8_weights:
+        text = f"{key} with precision.fp8_weights=true: the format of stored weights is one for the whole model."
+        found.append(Problem("precision.fp8_weights", text, "Set fp8_weights=false."))
+    decided = {number for names in rule_numbers(model, precision).values() for number in names.values()}
+    for number, rule in enumerate(rules):
+        place = f"{key}[{number}] (kinds={rule.kinds or 'all'}, linears={rule.linears}, last_fraction={rule.last_fraction:g})"
+        if strange := "".join(sorted(set(rule.kinds) - set(LINEARS))):
+            found.append(
+                Problem(key, f"{place}: {strange} is not a kind of layer.", f"Use letters of {''.join(LINEARS)}.")
+            )
+        elif number not in decided and (not rule.kinds or set(rule.kinds) & set(model.pattern)):
+            names = dict.fromkeys(
+                name for _, kind in _between_ends(model, precision) for name in layer_linears(model, kind)
+            )
+            text = (
+                f"{place} decides the scaling of no linear layer of model.pattern={model.pattern}: none matches, or an "
+            )
+            text += f"earlier rule does. The linears are {', '.join(names) or 'none'}."
+            found.append(Problem(key, text, f"Correct or remove it, or use {key}=[]."))
+    return found
+
+
+def rule_notes(model: ModelConfig, precision: PrecisionConfig) -> list[Problem]:
+    """Rules for kinds of layers that the model does not have."""
+    absent = [rule.kinds for rule in precision.rules if rule.kinds and not set(rule.kinds) & set(model.pattern)]
+    if not absent:
+        return []
+    text = f"precision.rules has rules for layers of kind {', '.join(absent)}, which model.pattern={model.pattern} does not have."
+    return [Problem("precision.rules", text)]
 
 
 RECIPE_NAMES = {
@@ -211,7 +307,14 @@ def describe_precision(model: ModelConfig, precision: PrecisionConfig, *, tokens
             return precision.params
         if not low:
             return f"{precision.params}; {name} in none of {layers} layers"
-        return f"{name}, {low} of {layers} layers" + (f"; ends {precision.params}" if low < layers else "")
+        others = Counter(one for names in linear_scalings(model, precision, scaling).values() for one in names.values())
+        del others[scaling]
+        decided = rule_numbers(model, precision).values()
+        kept = sum(precision.rules[number].scaling == "none" for names in decided for number in names.values())
+        parts = [f"; {other} in {count} linears" for other, count in others.items()]
+        parts += [f"; {precision.params} in {kept} linears"] * (kept > 0)
+        ends = precision.high_precision_first + precision.high_precision_last
+        return f"{name}, {low} of {layers} layers{''.join(parts)}" + (f"; ends {precision.params}" if ends else "")
 
     low, layers = len(low_precision_linears(model, precision)), len(layer_kinds(model.pattern))
     if tokens is not None:
@@ -292,9 +395,12 @@ def shape_problems(
     kinds = layer_kinds(model.pattern)
     problems = []
     for kind in dict.fromkeys(kinds[index] for index in layers):
+        low = {name for index, linears in layers.items() if kinds[index] == kind for name in linears}
         for name, (out, into) in linear_shapes(
             model, kind, tensor=parallel.tensor, expert_tensor=parallel.expert_tensor
         ).items():
+            if name not in low:
+                continue
             for what, value in (("output", out), ("input", into)):
                 if value % multiple:
                     text = (

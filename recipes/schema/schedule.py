@@ -33,8 +33,8 @@ def learning_rate_factor(
     match schedule.kind:
         case "constant":
             return 1.0
-        case "cosine":
-            return _decayed("cosine", _progress(done, lengths.warmup, lengths.whole), schedule.final_fraction)
+        case "cosine" | "linear":
+            return _decayed(schedule.kind, _progress(done, lengths.warmup, lengths.whole), schedule.final_fraction)
         case "wsd":
             if lengths.decay == 0:
                 return 1.0

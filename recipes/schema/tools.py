@@ -55,8 +55,9 @@ class GenerateConfig:
     checkpoint: str | None = None
     """A checkpoint folder, or a folder of `stratum hf export --quantize`; by default the newest checkpoint of the run."""
     speculate: str | None = None
-    """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
-    with the same tokenizer. It changes the speed, not the distribution of texts."""
+    """Guess tokens and check several at once: `lookup` (guess from the text itself), `mtp` (by the model's own further depths,
+    `model.mtp`), or the run or checkpoint of a small model with the same tokenizer. It changes the speed, not the distribution
+    of texts."""
     draft_tokens: DraftTokens | None = None
     """With --speculate: largest number of guesses at a time for one text; by default 4."""
 
@@ -122,8 +123,9 @@ class ServeConfig:
     prefix_blocks: Count = 256
     """Blocks of 128 prompt tokens to store for later prompts that begin with them; 0: none."""
     speculate: str | None = None
-    """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
-    with the same tokenizer. It changes the speed, not the distribution of texts. A call may set `draft_tokens`; 0 turns it
+    """Guess tokens and check several at once: `lookup` (guess from the text itself), `mtp` (by the model's own further depths,
+    `model.mtp`), or the run or checkpoint of a small model with the same tokenizer. It changes the speed, not the distribution
+    of texts. A call may set `draft_tokens`; 0 turns it
     off."""
     draft_tokens: DraftTokens | None = None
     """With --speculate: largest number of guesses at a time for one text; by default 4."""

@@ -5,7 +5,7 @@ their own, one as installed and one with this project's memory setting (freed me
 turns, because the machine's speed drifts. Medians. Compare figures of one table only. On a machine that others use too,
 `--threads 1 --clock cpu` counts the processor's seconds instead of the wall's.
 
-    python -m tests.bench.model [--part families|mamba|share] [--lengths 256 1024] [--rounds 5] [--threads 2] [--clock cpu]
+    python -m tests.bench.model [--part families|mamba|muon|share] [--lengths 256 1024] [--rounds 5] [--threads 2] [--clock cpu]
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -114,7 +115,9 @@ class Peer:
 # ---- ours
 
 
-def ours(model: ModelConfig, length: int) -> AbstractContextManager[Callable[[], float]]:
+def ours(
+    model: ModelConfig, length: int, *, optimizer: Literal["adamw", "muon"] = "adamw"
+) -> AbstractContextManager[Callable[[], float]]:
     """Context manager of a function that runs one step and returns its seconds."""
     from tiny import RECIPE, engine_of, one_document_rows
 
@@ -127,6 +130,7 @@ def ours(model: ModelConfig, length: int) -> AbstractContextManager[Callable[[],
         model=model,
         run=replace(RECIPE.run, global_rows=rows, microbatch_rows=rows),
         data=replace(RECIPE.data, row_tokens=length),
+        optim=replace(RECIPE.optim, kind=optimizer),
     )
     tokens, labels = tokens_for(rows, length, model.vocab)
     batch = one_document_rows(tokens, labels)
@@ -207,6 +211,20 @@ def mamba_part() -> None:
         print(f"| {rows_of(length)} x {length} | {1e6 * seconds / (rows_of(length) * length):.1f} |", flush=True)
 
 
+def muon_part() -> None:
+    """A step of Muon against one of AdamW, in turns of a few steps each."""
+    print("| row | AdamW, ms a step | Muon, ms a step | Muon / AdamW |\n|---|---|---|---|")
+    for length in ARGUMENTS.lengths:
+        spent: dict[str, list[float]] = {"adamw": [], "muon": []}
+        for _ in range(ARGUMENTS.rounds):
+            for name, seconds in spent.items():
+                with ours(shapes()["hybrid"], length, optimizer=name) as step:  # type: ignore[arg-type]
+                    step()
+                    seconds += [step() for _ in range(3)]
+        adamw, muon = (1000 * median(seconds) for seconds in spent.values())
+        print(f"| {rows_of(length)} x {length} | {adamw:.0f} | {muon:.0f} | {muon / adamw:.2f} |", flush=True)
+
+
 GROUPS = {
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::baddbmm_"),
     "scan with convolution and gate": ("_MambaCore", "_MambaCoreBackward"),
@@ -245,13 +263,17 @@ def main() -> None:
         families_part(peak)
     if ARGUMENTS.part in ("mamba", "all"):
         mamba_part()
+    if ARGUMENTS.part in ("muon", "all"):
+        muon_part()
     if ARGUMENTS.part in ("share", "all"):
         share_part(peak)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.bench.model", description=__doc__)
-    parser.add_argument("--part", choices=["all", "families", "mamba", "share"], default="all", help="what to measure")
+    parser.add_argument(
+        "--part", choices=["all", "families", "mamba", "muon", "share"], default="all", help="what to measure"
+    )
     parser.add_argument("--family", choices=["hybrid", "gemma"], help="only this family")
     parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS), help="row lengths")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")

@@ -102,7 +102,7 @@ def test_status_watches_until_ctrl_c(run: RunFolder) -> None:
     assert child.returncode == 0 and [one["checkpoint"] for one in seen] == ["step_00000020"] * 2
 
 
-@pytest.mark.parametrize("columns", ["80", "200"])
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_the_table_of_runs_does_not_cut_a_date(run: RunFolder, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     owned = "trained by process 4711 on n1, started 2026-03-01 12:00:00"

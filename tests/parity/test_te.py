@@ -16,7 +16,7 @@ import torch
 from matrices import matrices, same
 from parity import te_on_cpu
 
-from recipes.schema.precision import PrecisionConfig
+from recipes.schema.precision import LinearRule, PrecisionConfig
 from recipes.schema.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
@@ -395,6 +395,18 @@ def test_gemma_trains_like_the_emulated_one(te_recipe: str | None, scaling: str,
     assert theirs.losses[0] == pytest.approx(ours.losses[0], rel=1e-6 if params == "fp32" else 1e-4)
     assert theirs.grad_norms[0] == pytest.approx(ours.grad_norms[0], rel=digits)
     assert theirs.losses == pytest.approx(ours.losses, rel=1e-3)
+
+
+def test_rules_by_linear_train_like_the_emulated_backend() -> None:
+    """Attention in high precision by `precision.rules`, the other linears with the scales of the tensor."""
+    rules = {"precision.rules": (LinearRule("none", linears="self_attention.*"),)}
+    theirs, _, _ = _train(None, "current", params="fp32", backend="te", family=rules)
+    ours, _, _ = _train(None, "current", params="fp32", backend="emulated", family=rules)
+    plain, _, _ = _train(None, "current", params="fp32", backend="te")
+    assert theirs.losses[0] == pytest.approx(ours.losses[0], rel=1e-6)
+    assert theirs.grad_norms[0] == pytest.approx(ours.grad_norms[0], rel=2e-4)
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-3)
+    assert abs(theirs.losses[0] / plain.losses[0] - 1) > 1e-6, "the rule has an effect"
 
 
 def test_delayed_scales_are_those_transformer_engine_keeps() -> None:

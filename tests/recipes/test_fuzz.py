@@ -307,7 +307,7 @@ def fuzz(rank: int, folder: Path, surface: str, count: int) -> None:
     settings(max_examples=count, **ANY)(given(cases)(one))()
 
 
-@pytest.mark.parametrize(("surface", "count"), [("words", 50), ("files", 60), ("commands", 190)])
+@pytest.mark.parametrize(("surface", "count"), [("words", 20), ("files", 25), ("commands", 80)])
 def test_random_input_gives_one_message(surface: str, count: int, tmp_path: Path) -> None:
     run_ranks(1, fuzz, tmp_path, surface, count)
 

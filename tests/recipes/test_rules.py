@@ -15,6 +15,8 @@ from launch.plan.planner import make_plan
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.facts import Machine
+from recipes.schema.optim import ParameterGroupConfig
+from recipes.schema.precision import LinearRule
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import name_problems, notes, problems
@@ -31,6 +33,10 @@ MEDIA = {"a": SourceConfig("x", kind="media")}
 PAIRS = {"a": SourceConfig("x", kind="preference")}
 MIXED: dict[str, Any] = {"model.pattern": "ME*E"}
 EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
+    "checks of sums that are turned off": (
+        {"run.integrity.collectives": True},
+        "run.integrity.collectives=true has no effect, because run.integrity.enabled=false. Set run.integrity.enabled=true.",
+    ),
     "experts that the ranks do not divide": (
         MIXED | {"parallel.expert": 3},
         "parallel.expert=3 does not divide model.experts.count=8. Use 1, 2, 4 or 8.",
@@ -70,6 +76,52 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "groups scored by a part of an expert": (
         MIXED | {"model.experts.groups": 4, "model.experts.top_groups": 3},
         "model.experts.top_k=2 from model.experts.top_groups=3 groups of 2 experts: a group is scored by its best",
+    ),
+    "a rule that decides nothing": (
+        {"precision.scaling": "mxfp8", "precision.rules": (LinearRule("none", linears="mixer.qkv"),)},
+        "precision.rules[0] (kinds=all, linears=mixer.qkv, last_fraction=1) decides the scaling of no linear layer of "
+        "model.pattern=M-M*",
+    ),
+    "a rule behind one that decides all": (
+        {"precision.scaling": "mxfp8", "precision.rules": (LinearRule("current"), LinearRule("none", kinds="M"))},
+        "precision.rules[1] (kinds=M, linears=*, last_fraction=1) decides the scaling of no linear layer",
+    ),
+    "a rule for no kind of layer": (
+        {"precision.scaling": "mxfp8", "precision.rules": (LinearRule("none", kinds="X"),)},
+        "precision.rules[0] (kinds=X, linears=*, last_fraction=1): X is not a kind of layer. Use letters of M*w-E.",
+    ),
+    "rules without low precision": (
+        {"precision.rules": (LinearRule("mxfp8"),)},
+        "precision.rules has 1 rules, but precision.scaling=none: all linear layers are in high precision.",
+    ),
+    "rules with delayed scaling": (
+        {"precision.scaling": "delayed", "precision.rules": (LinearRule("none", kinds="M"),)},
+        "precision.rules with delayed scaling: Transformer Engine has one autocast for all linear layers then.",
+    ),
+    "further depths in Megatron's spelling": (
+        {"model.pattern": "M-|M*/*-/*-"},
+        "model.pattern=M-|M*/*-/*- names the depths of multi-token prediction, as Megatron writes them. Use model.pattern=M-|M* "
+        "model.mtp.pattern=*- model.mtp.depths=2.",
+    ),
+    "a pipeline cut inside a further depth": (
+        {"model.mtp.depths": 1, "model.mtp.pattern": "*|-"},
+        "model.mtp.pattern=*|- has a `|`, but all depths are on the last pipeline stage. Use model.mtp.pattern=*-.",
+    ),
+    "layers of a further depth that do not exist": (
+        {"model.mtp.depths": 1, "model.mtp.pattern": "*X"},
+        "model.mtp.pattern=*X: character 2 is 'X'.",
+    ),
+    "further depths without tokens to predict": (
+        {"model.mtp.depths": 1, "model.head": "scalar"},
+        "model.mtp.depths=1 predicts tokens, but model.head=scalar predicts none.",
+    ),
+    "further depths beyond the rows": (
+        {"model.mtp.depths": 16, "data.row_tokens": 17},
+        "model.mtp.depths=16 predicts tokens beyond the rows of data.row_tokens=17. Use at most 15.",
+    ),
+    "further depths and another objective": (
+        {"model.mtp.depths": 1, "objective.kind": "distill"},
+        "model.mtp.depths=1 is trained by objective.kind=next_token only, not by distill.",
     ),
     "experts and another objective": (
         MIXED | {"objective.kind": "distill"},
@@ -278,6 +330,22 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a folder of something else": ({"run.name": "thesis"}, "is not empty (chapter.tex)"),
     "a run of another recipe": ({"run.name": "began", "optim.lr": 0.5}, "optim.lr: 0.001 in the run's folder, 0.5 now"),
+    "a group without parameters": (
+        {"optim.groups": (ParameterGroupConfig("decoder.layer.*", lr_factor=0.1),)},
+        "optim.groups[0].match='decoder.layer.*' matches no parameter of this model. Names look like embedding.word_embeddings",
+    ),
+    "a group behind another": (
+        {"optim.groups": (ParameterGroupConfig("*", lr_factor=0.1), ParameterGroupConfig("*norm*", weight_decay=0.1))},
+        "optim.groups[1].match='*norm*' matches only parameters of earlier rules, e.g. decoder.layers.0.norm.weight.",
+    ),
+    "a group that changes nothing": (
+        {"optim.groups": (ParameterGroupConfig("*norm*"),)},
+        "optim.groups[0] (match='*norm*') sets neither lr_factor nor weight_decay, so it does nothing.",
+    ),
+    "Muon without Muon": (
+        {"optim.muon.momentum": 0.9, "optim.muon.nesterov": False},
+        "optim.muon.momentum=0.9 does nothing, because optim.kind=adamw. Use optim.kind=muon, or leave it out.",
+    ),
     "schedule": ({"schedule.warmup": 50}, "schedule.warmup=50 + schedule.decay=0 steps are longer than the whole"),
     "layout": ({"parallel.tensor": 3}, "parallel.tensor=3 does not divide"),
     "hidden layers": (

@@ -37,6 +37,7 @@ STOREYS = (
         "launch.queue",
         "launch.facts",
         "launch.time_spent",
+        "launch.starts",
         "launch.children",
         "launch.user_errors",
     ),

@@ -49,7 +49,7 @@ NO_TORCH = (
 )  # fmt: skip
 """Packages and rooms that run where torch is not installed, or would take seconds to load."""
 
-LAUNCH_FOR_TRAIN = ("launch.plan", "launch.lease", "launch.time_spent")
+LAUNCH_FOR_TRAIN = ("launch.plan", "launch.lease", "launch.time_spent", "launch.starts")
 """What `train` may take from `launch`: the cost model, for `compress` and for the peak of a device; and the lease of a run
 folder, which launchers look at and trainers hold."""
 

@@ -1,5 +1,7 @@
 """`stratum checkpoint COMMAND`: list, verify, compare and rewrite checkpoints. Needs no GPU and builds no model.
 
+torch takes seconds to import, so only the commands that read tensors import it: `--help`, `list` and `show` do not.
+
 Nothing in a checkpoint is executed.
 """
 
@@ -8,13 +10,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +27,7 @@ from recipes.schema.changes import differences
 from recipes.schema.errors import CheckpointError, StratumError
 from recipes.schema.foreign import printable_lines
 from recipes.schema.layout import lay_out
+from recipes.schema.manifest import Manifest, describe_layout, read_manifest
 from recipes.schema.messages import complain
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import CommandParser, run_or_path
@@ -33,9 +35,7 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.run import RunConfig
 from recipes.schema.storage_rules import is_storage
-from train.checkpoint import offline, storage_command
-from train.checkpoint.files import Reader
-from train.checkpoint.manifest import Manifest, describe_layout, read_manifest
+from train.checkpoint import storage_command
 
 _SECTIONS = (
     ("weights", "model."),
@@ -61,7 +61,8 @@ object storage (s3://BUCKET/PREFIX/NAME, gs://...); `verify` fetches it into a t
 executed.
 Exit status: 0 success; 1 damaged (list, verify) or different (diff); 2 failed, with the reason.
 """
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Names of torch's formats."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -218,6 +219,8 @@ def _checkpoints_of(run: Path) -> Path:
 
 
 def _problems_of(path: Path, manifest: Manifest) -> list[str]:
+    from train.checkpoint import offline  # imports torch
+
     with _bar(f"verifying {path.name}", manifest) as advance:
         return offline.verify(path, advance)
 
@@ -262,7 +265,7 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
     for title, prefix in _SECTIONS:
         section = [record for name, record in manifest.tensors.items() if name.startswith(prefix)]
         if section:
-            elements = sum(torch.Size(record.shape).numel() for record in section)
+            elements = sum(math.prod(record.shape) for record in section)
             formats = ", ".join(sorted({record.dtype for record in section}))
             table.add_row(title, str(len(section)), f"{elements:,}", formats, units.size(sum(r.bytes for r in section)))
     console.print(table)
@@ -330,6 +333,9 @@ def _diff(parsed: argparse.Namespace, console: Console) -> int:
     for row in rows:
         table.add_row(*map(printable_lines, row))
     console.print(table)
+    from train.checkpoint import offline  # imports torch
+    from train.checkpoint.files import Reader  # likewise
+
     with _bar("comparing", a) as advance:
         found = list(offline.compare(Reader(path_a), Reader(path_b), values=parsed.values, advance=advance))
     if parsed.values:
@@ -355,6 +361,8 @@ def _reshard(parsed: argparse.Namespace, console: Console) -> int:
     if parsed.fields or parsed.ranks:
         layout = _check_layout(manifest, parsed.fields, parsed.ranks)
         console.print(f"The model fits {layout}.")
+    from train.checkpoint import offline  # imports torch
+
     files = parsed.files or parsed.ranks or 1
     with _bar("resharding", manifest, share=_weights_only(manifest) if parsed.weights else 1.0) as advance:
         new = offline.reshard(path, parsed.out, files=files, with_optimizer=not parsed.weights, advance=advance)
@@ -373,10 +381,13 @@ def _reshard(parsed: argparse.Namespace, console: Console) -> int:
 
 def _consolidate(parsed: argparse.Namespace, console: Console) -> int:
     path, manifest = steps.checkpoint_at(parsed.checkpoint)
+    import torch  # takes seconds
+
+    from train.checkpoint import offline  # imports torch
+
+    dtype = getattr(torch, _DTYPES[parsed.dtype]) if parsed.dtype else None
     with _bar("writing", manifest, share=1.0 if parsed.all else _weights_only(manifest)) as advance:
-        size = offline.consolidate(
-            path, parsed.out, with_optimizer=parsed.all, dtype=_DTYPES.get(parsed.dtype or ""), advance=advance
-        )
+        size = offline.consolidate(path, parsed.out, with_optimizer=parsed.all, dtype=dtype, advance=advance)
     console.print(f"wrote {parsed.out}, {units.size(size)}")
     return 0
 
@@ -402,7 +413,7 @@ def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> s
 
 
 @contextmanager
-def _bar(what: str, manifest: Manifest, share: float = 1.0) -> Iterator[offline.Advance]:
+def _bar(what: str, manifest: Manifest, share: float = 1.0) -> Iterator[Callable[[float], None]]:
     total = sum(record.bytes for record in manifest.tensors.values()) * share
     with progress(what, total) as advance:
         yield advance

@@ -2,7 +2,7 @@
 
     model.NAME                   weights and buffers, whole-model names, fused projections by component
     optimizer.master.NAME        fp32 master of a weight that is not fp32 itself
-    optimizer.exp_avg.NAME       first moment            optimizer.exp_avg_sq.NAME   second moment
+    optimizer.exp_avg.NAME       first moment            optimizer.exp_avg_sq.NAME   second moment (AdamW only)
 
 Megatron's `sharded_state_dict` gives a local weight's offset in the whole tensor and the components of fused projections. Its
 distributed optimizer gives each data-parallel rank a contiguous range of each flattened local weight. Split at component
@@ -75,6 +75,8 @@ class OptimizerPart:
     moments: dict[str, torch.Tensor]
     group: dict[str, Any]
     """The optimizer's parameter group: lr, weight_decay, betas, eps, step."""
+    largest_update: torch.Tensor | None = None
+    """Muon only: the largest element of the last update, before the learning rate. None before the first step."""
 
     @property
     def has_master(self) -> bool:
@@ -179,8 +181,9 @@ def optimizer_parts(
                 start=run.start,
                 end=run.end,
                 master=state.pop("param").detach(),
-                moments={name: state[name] for name in MOMENTS},
+                moments={name: state[name] for name in MOMENTS if name in state},
                 group=group,
+                largest_update=state.get("largest_update"),
             )
     return [parts[parameter] for parameter in names if parameter in parts]
 

@@ -6,8 +6,9 @@ A save is refused as stale if a tensor's fingerprint did not change between two 
     fp32 weights       the last update is less than two units in the last place of every element (also: learning rate 0)
     bf16 weights       equal their rounded fp32 masters, and the masters changed or one of the above explains them
 
-Adam's update is computed from the state itself (arXiv 1711.05101, algorithm 2), so there is nothing to configure. A tensor
-that was not zero and is all zero now is refused too. Parts of fewer than 16 elements are not checked, because so few elements
+Adam's update is computed from the state itself (arXiv 1711.05101, algorithm 2), so there is nothing to configure. Muon's needs
+whole matrices, so the optimizer keeps the largest element of its last update (`OptimizerPart.largest_update`). A tensor that
+was not zero and is all zero now is refused too. Parts of fewer than 16 elements are not checked, because so few elements
 can stay equal by chance.
 """
 
@@ -23,7 +24,7 @@ _ULPS = 2.0**-22
 """Two units in the last place of fp32, relative."""
 
 PartSums = dict[str, Sums]
-"""Fingerprints of a part's pieces: `weight`, `master` (if stored separately), `exp_avg`, `exp_avg_sq`."""
+"""Fingerprints of a part's pieces: `weight`, `master` (if stored separately), `exp_avg`, and for AdamW `exp_avg_sq`."""
 
 
 def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
@@ -37,7 +38,7 @@ def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
     if wiped:
         return f"{wiped[0]} was not zero at the last save and is all zero now"
     still = {name for name, sums in now.items() if before.get(name) == sums}
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in part.moments:
         if name in still and bool((part.moments[name].abs() >= 2 * _TINY).any()):
             return f"{name} did not change since the last save"
     exact = "master" if part.has_master else "weight"
@@ -49,8 +50,15 @@ def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
 
 
 def _would_have_moved(part: OptimizerPart) -> bool:
-    """Whether Adam's last update, with bias correction and decoupled weight decay, exceeds the fp32 rounding of any element."""
+    """Whether the last update, with decoupled weight decay, exceeds the fp32 rounding of an element."""
     group, weight = part.group, part.master
+    if group.get("muon"):
+        if part.largest_update is None:
+            return False
+        # The element with the largest update, or the largest weight, moves at least by the difference of the two.
+        largest = weight.abs().max()
+        update = group["lr"] * (part.largest_update - group["weight_decay"] * largest).abs()
+        return bool(update > 2 * _ULPS * largest + _TINY)
     updates = max(1, int(group["step"]))
     first = part.moments["exp_avg"] / (1 - group["betas"][0] ** updates)
     second = (part.moments["exp_avg_sq"] / (1 - group["betas"][1] ** updates)).sqrt()

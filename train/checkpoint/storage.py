@@ -212,8 +212,9 @@ def read_weights(
     """Fill only the weights of unwrapped model chunks (evaluation, generation, teachers), at any layout. Collective.
 
     groups: Megatron's process groups of the chunks' layout. masters: fp32 weights are filled from masters, if the checkpoint has
-    them. without: weights that stay as they are, whatever the checkpoint has under their names. Raises CheckpointError on every
-    rank, with the names, if model and checkpoint do not have the same weights. State of a precision backend may be missing.
+    them. without: name prefixes of weights that stay as they are, whatever the checkpoint has under them. Raises CheckpointError
+    on every rank, with the names, if model and checkpoint do not have the same weights. State of a precision backend may be
+    missing.
     """
     reader, error = _open(folder)
     _raise_if_any(error)
@@ -222,7 +223,7 @@ def read_weights(
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     loading = _Loading(reader, device, masters=masters)
     left = tuple(MODEL + name for name in without)
-    loading.request([piece for piece in weight_pieces(local_tensors) if piece.tensor not in left])
+    loading.request([piece for piece in weight_pieces(local_tensors) if not piece.tensor.startswith(left)])
     loading.finish(ignored=("optimizer.", *left))
     _copy_back_to_fp8(local_tensors)
 

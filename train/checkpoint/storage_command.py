@@ -18,7 +18,6 @@ from recipes.schema.errors import CheckpointError
 from recipes.schema.foreign import printable_lines
 from recipes.schema.manifest import Manifest, describe_layout
 from recipes.schema.run_folder import CHECKPOINTS, METRICS
-from train.checkpoint.copying import fetch_step, is_prefix
 from train.resilience.storage_lease import owner_of
 
 _STEP = re.compile(rf"(.+)/{CHECKPOINTS}/step_([0-9]{{1,18}})-([0-9]{{4,9}})/?")
@@ -102,6 +101,8 @@ def fetch_run(address: str, out: Path, console: Console, *, records_only: bool) 
         console.print(f"Fetched {' and '.join(found)} into {out}. Look at them: stratum report {out}")
         return 0
     bucket, stored, manifest = find(address)
+    from train.checkpoint.copying import fetch_step  # imports torch, which `list` and `show` do not need
+
     notes: list[str] = []
     path = fetch_step(bucket, stored, manifest, out / CHECKPOINTS, notes)
     if path is None:
@@ -114,6 +115,8 @@ def _refuse_other_records(bucket: Bucket, out: Path) -> None:
     """CheckpointError if a folder has the records of another run, or lines that the storage does not have."""
     if not any((out / name).exists() for name in run_copy.RECORDS):
         return
+    from train.checkpoint.copying import is_prefix  # imports torch, which `list` and `show` do not need
+
     with tempfile.TemporaryDirectory(prefix="stratum-fetch-") as folder:
         stored = Path(folder) / METRICS
         there = run_copy.fetch_record(bucket, METRICS, stored)
@@ -140,6 +143,8 @@ def find(address: str) -> tuple[Bucket, StoredStep, Manifest]:
 
 
 def _problems_of(bucket: Bucket, stored: StoredStep, manifest: Manifest) -> list[str]:
+    from train.checkpoint.copying import fetch_step  # imports torch, which `list` and `show` do not need
+
     notes: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="stratum-verify-"))
     try:

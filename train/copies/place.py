@@ -1,15 +1,20 @@
 """Where the copies of a run are: a private folder in the memory of each node.
 
-    /dev/shm/stratum-1000-5f3c.../      mode 700; the user's number and a random token of the run
+    /dev/shm/stratum-1000-9a04...-5f3c.../      mode 700; the user's number, the container, and a random token of the run
         run                             path of the run's folder: whose copies these are
         NODE/rank_00003.0 ...           the copies on this node (train.copies.slot)
 
 The token is in RUN/memory_copies.json until the run ends without an error. So a folder whose token is not in the run's folder
 belongs to nobody, and is removed when the same user starts a run on that node. Other users cannot read the folder, and cannot
 guess its name before it is made.
+
+Two containers may share this memory and the user's number, and name different folders alike. So the name has a digest of the
+machine's start and the process namespace: a container neither uses nor removes what another one has made. A copied run folder
+would bring its token along, so the token's file also names the run's folder.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.system import disk
-from data.system.node import node_name
+from data.system.node import node_name, this_machine
 from recipes.schema import units
 from recipes.schema.foreign import read_bounded_text, read_json
 
@@ -50,7 +55,7 @@ def token_of(run: Path) -> str:
         return known
     token = secrets.token_hex(16)
     run.mkdir(parents=True, exist_ok=True)
-    disk.write_text(run / TOKEN, json.dumps({"token": token}))
+    disk.write_text(run / TOKEN, json.dumps({"token": token, "run": str(run.resolve())}))
     return token
 
 
@@ -62,7 +67,7 @@ def forget_token(run: Path) -> None:
 
 def open_place(memory: Path, *, token: str, run: Path) -> Place:
     """The run's folder in this node's memory; made if it does not exist. OSError if it cannot be made or is not this user's."""
-    root = memory / f"stratum-{os.getuid()}-{token}"
+    root = memory / f"stratum-{os.getuid()}-{_container()}-{token}"
     place = Place(root, root / node_name(), token, node_name())
     for folder in (place.root, place.folder):
         with contextlib.suppress(FileExistsError):
@@ -84,8 +89,9 @@ def remove_place(place: Place) -> None:
 
 
 def remove_orphans(memory: Path, *, but: Place | None = None) -> None:
-    """Remove this user's copies of runs that have ended, been deleted, or begun again. Warn about those of runs that have not."""
-    for root in sorted(memory.glob(f"stratum-{os.getuid()}-*")):
+    """Remove this user's copies of runs that have ended, been deleted, or begun again, if made in this container. Warn about
+    those of runs that have not."""
+    for root in sorted(memory.glob(f"stratum-{os.getuid()}-{_container()}-*")):
         token = root.name.rsplit("-", 1)[1]
         if (but is not None and root == but.root) or not re.fullmatch(r"[0-9a-f]{32}", token) or root.is_symlink():
             continue
@@ -108,4 +114,14 @@ def _token_in(run: Path) -> str | None:
     except (OSError, ValueError):
         return None
     token = found.get("token") if isinstance(found, dict) else None
-    return token if isinstance(token, str) and re.fullmatch(r"[0-9a-f]{32}", token) else None
+    if not isinstance(token, str) or not re.fullmatch(r"[0-9a-f]{32}", token):
+        return None
+    first = found.get("run")
+    if isinstance(first, str) and first != str(run.resolve()) and (Path(first) / TOKEN).is_file():
+        return None  # a copy of that run
+    return token
+
+
+def _container() -> str:
+    """Which containers of this machine's start may share copies: those with one process namespace."""
+    return hashlib.sha256(this_machine().encode()).hexdigest()[:12]

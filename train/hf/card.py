@@ -213,8 +213,9 @@ def _training(release: Release, record: RunRecord | None) -> list[str]:
     rows = {
         "steps": f"{manifest.step:,} of {recipe.run.steps:,}",
         "tokens": f"{manifest.tokens:,}, {recipe.run.global_rows * recipe.data.row_tokens:,} a step",
-        "optimizer": f"AdamW, peak learning rate {recipe.optim.lr:g}, betas {recipe.optim.beta1}/{recipe.optim.beta2}, "
-        f"weight decay {recipe.optim.weight_decay}, clip {recipe.optim.clip_norm}",
+        "optimizer": f"{'Muon and ' * (recipe.optim.kind == 'muon')}AdamW, peak learning rate {recipe.optim.lr:g}, "
+        f"betas {recipe.optim.beta1}/{recipe.optim.beta2}, weight decay {recipe.optim.weight_decay}, "
+        f"clip {recipe.optim.clip_norm}",
         "schedule": f"{recipe.schedule.kind}, warm-up {recipe.schedule.warmup}, decay {recipe.schedule.decay} "
         f"({recipe.schedule.unit})",
         "precision": describe_precision(recipe.model, recipe.precision),

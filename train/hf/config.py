@@ -13,7 +13,7 @@ transformers computes the function that was trained. It is not 0 because random 
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.experts import ExpertsConfig
 from recipes.schema.foreign import printable, read_json
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import layer_kinds
+from recipes.schema.mtp import MtpConfig
+from recipes.schema.pattern import kinds_of, layer_kinds
 from recipes.schema.typed import FieldError, build
 from train.hf.mapping import Family
 
@@ -102,7 +103,6 @@ _FIXED: dict[Family, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "sliding_window": None,
         "residual_in_fp32": False,
-        "num_nextn_predict_layers": 0,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     },
@@ -138,7 +138,8 @@ _NOT_READ = (
     "hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_hidden_act", "attention_head_dim",
     "rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_parameters", "rope_scaling", "time_step_limit",
     "sliding_window_size", "_attn_implementation", "attn_implementation",
-    *_EXPERTS, "moe_latent_size", "moe_shared_expert_overlap", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+    *_EXPERTS, "moe_latent_size", "moe_shared_expert_overlap", "mtp_layers_block_type",
+    "mtp_hybrid_override_pattern", "num_nextn_predict_layers",
     "n_shared_experts", "norm_topk_prob", "output_router_logits",
 )  # fmt: skip
 """Fields that other functions below read, or that do not affect the function computed."""
@@ -188,7 +189,10 @@ def to_config(
                 "mlp_hidden_act": _ACTIVATIONS[model.activation],
                 "rms_norm_eps": model.norm_eps,
             }
-            if "E" in kinds:
+            config |= {"num_nextn_predict_layers": model.mtp.sets}
+            if model.mtp.depths:
+                config |= {"mtp_hybrid_override_pattern": model.mtp.pattern}
+            if "E" in kinds_of(model):
                 experts = model.experts
                 config |= {theirs: getattr(experts, ours) for theirs, ours in _EXPERTS.items()}
                 config |= {"moe_latent_size": experts.latent or None, "n_shared_experts": 1}
@@ -253,7 +257,9 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
     if family == "nemotron_h":
         fields["pattern"] = _nemotron_pattern(config, problems)
         _check_bounds(config, problems)
-        if "E" in (fields["pattern"] or ""):
+        mtp = _mtp_of(config, problems)
+        fields["mtp"] = asdict(mtp)
+        if "E" in (fields["pattern"] or "") or (mtp.depths and "E" in mtp.pattern):
             fields["experts"] = _experts_of(config, problems)
         acts = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
         act = need("mlp_hidden_act")
@@ -299,6 +305,25 @@ def is_reward_model(config: dict[str, Any]) -> bool:
     return _head_of(config, []) == "scalar"
 
 
+def _mtp_of(config: dict[str, Any], problems: list[str]) -> MtpConfig:
+    """Further depths of a config."""
+    depths = config.get("num_nextn_predict_layers") or 0
+    if not isinstance(depths, int) or not 0 <= depths <= 16:
+        problems.append(f"num_nextn_predict_layers={depths!r} is not a whole number up to 16")
+        return MtpConfig()
+    if not depths:
+        return MtpConfig()
+    pattern = config.get("mtp_hybrid_override_pattern")
+    if pattern is None:
+        pattern = _nemotron_pattern({"layers_block_type": config.get("mtp_layers_block_type", [])}, problems)
+    if not isinstance(pattern, str) or not pattern or set(pattern) - set(_LAYERS):
+        problems.append(
+            f"mtp_hybrid_override_pattern={pattern!r}: the layers of a depth are letters of {', '.join(_LAYERS)}"
+        )
+        return MtpConfig()
+    return MtpConfig(depths=depths, pattern=pattern)
+
+
 def _head_of(config: dict[str, Any], problems: list[str]) -> str:
     """What the model computes, by the class that the config names."""
     classes = config.get("architectures")
@@ -320,13 +345,13 @@ def _not_nemotron(model: ModelConfig) -> list[str]:
         "scale_embedding": False, "head": "vocabulary",
     }  # fmt: skip
     problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
-    if "w" in model.pattern:
-        problems.append("attention over a window (`w`) in model.pattern")
+    if "w" in kinds_of(model):
+        problems.append("attention over a window (`w`) in model.pattern or model.mtp.pattern")
     if model.activation not in _ACTIVATIONS:
         problems.append(f"model.activation={model.activation}")
     if model.query_scale not in (None, model.head_dim):
         problems.append(f"model.query_scale={model.query_scale}")
-    return problems + (_not_their_experts(model.experts) if "E" in model.pattern else [])
+    return problems + (_not_their_experts(model.experts) if "E" in kinds_of(model) else [])
 
 
 def _not_their_experts(experts: ExpertsConfig) -> list[str]:
@@ -353,6 +378,8 @@ def _not_gemma(model: ModelConfig) -> list[str]:
     }  # fmt: skip
     wanted |= {"tie_embeddings": True} if model.head == "vocabulary" else {}
     problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
+    if model.mtp.depths:
+        problems.append(f"model.mtp.depths={model.mtp.depths}")
     kinds = layer_kinds(model.pattern)
     if len(kinds) % 2 or set(kinds[::2]) - {"w", "*"} or set(kinds[1::2]) != {"-"}:
         problems.append("model.pattern is not attention and MLP in turn")

@@ -19,7 +19,7 @@ of Mamba, n groups x state, m Mamba heads, k taps of the convolution, x experts,
 the experts' inputs. `2d+2n+m` is a sum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,7 @@ import torch
 
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import layer_kinds
+from recipes.schema.pattern import layer_kinds, mtp_kinds
 
 Shape = tuple[int, ...]
 Family = Literal["nemotron_h", "gemma2"]
@@ -123,6 +123,12 @@ _NEMOTRON: dict[str, tuple[Rule, ...]] = {
         Rule({"mlp.latent_in.weight": "l h"}, {"mixer.fc1_latent_proj.weight": "l h"}),
         Rule({"mlp.latent_out.weight": "h l"}, {"mixer.fc2_latent_proj.weight": "h l"}),
     ),
+    "depth": (
+        Rule({"enorm.weight": "h"}, {"enorm.weight": "h"}),
+        Rule({"hnorm.weight": "h"}, {"hnorm.weight": "h"}),
+        Rule({"eh_proj.weight": "h 2h"}, {"eh_proj.weight": "h 2h"}),
+    ),
+    "depth norm": (Rule({"final_layernorm.weight": "h"}, {"final_layernorm.weight": "h"}),),
     "last": (
         Rule({"decoder.final_norm.weight": "h"}, {"backbone.norm_f.weight": "h"}),
         Rule({"output_layer.weight": "v h"}, {"lm_head.weight": "u h"}, pads=True),
@@ -169,9 +175,26 @@ def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> li
     last = [rule for rule in table["last"] if has_head or "output_layer.weight" not in rule.ours]
     last += table["scalar"] if model.head == "scalar" else ()
     found += [_pair(rule, "", "", sizes=sizes, model=model) for rule in last]
+    found += _depths(model, table, sizes=sizes)
     if not model.has_own_head and family == "nemotron_h":  # NemotronHForCausalLM always has a separate head
         head = Rule({_EMBEDDING: "v h"}, {"lm_head.weight": "u h"}, pads=True)
         found.append(_pair(head, "", "", sizes=sizes, model=model))
+    return found
+
+
+def _depths(model: ModelConfig, table: Mapping[str, tuple[Rule, ...]], *, sizes: dict[str, int]) -> list[Pair]:
+    """Weights of further depths, in the names of Nemotron 3 Super's files: their layers are counted through all depths, and a
+    depth's norms and projection are those of its first layer, its final norm that of its last. transformers ignores them."""
+    kinds, found = mtp_kinds(model), []
+    for depth in range(model.mtp.sets):
+        ours, first = f"mtp.layers.{depth}.", depth * len(kinds)
+        found += [_pair(rule, ours, f"mtp.layers.{first}.", sizes=sizes, model=model) for rule in table["depth"]]
+        for index, kind in enumerate(kinds):
+            rules = table[kind] + (table["latent"] if kind == "E" and model.experts.latent else ())
+            places = f"{ours}mtp_model_layer.layers.{index}.", f"mtp.layers.{first + index}."
+            found += [_pair(rule, *places, sizes=sizes, model=model) for rule in rules]
+        last = f"mtp.layers.{first + len(kinds) - 1}."
+        found += [_pair(rule, ours, last, sizes=sizes, model=model) for rule in table["depth norm"]]
     return found
 
 

@@ -2,8 +2,8 @@
 
     Ask(text so far, most) --Drafter.propose--> Draft(tokens, and the distributions that they were drawn from)
 
-Wrong guesses cost time, but never change a token. `PromptLookup` is here, a small model in `train.inference.draft_model`. Heads
-that predict several tokens could be a third kind: `follow` gets the hidden states.
+Wrong guesses cost time, but never change a token. `PromptLookup` is here, a small model in `train.inference.draft_model`, the
+model's own further depths in `train.inference.depth_drafter`.
 """
 
 from abc import ABC, abstractmethod

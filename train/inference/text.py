@@ -23,6 +23,7 @@ from recipes.schema.tools import GenerateConfig, ServeConfig
 from train.build import models_for_inference, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.depth_drafter import DepthDrafter
 from train.inference.draft_model import DraftModel
 from train.inference.drafters import Drafter, PromptLookup
 from train.inference.request import Event, Request, Sampling, Token
@@ -32,7 +33,8 @@ from train.quantize.directory import is_quantized
 Prompt = str | list[dict[str, Any]]
 """A text, or the messages of a chat."""
 LOOKUP = "lookup"
-"""The value of --speculate that needs no draft model."""
+DEPTHS = "mtp"
+"""The values of --speculate that need no draft model."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Opened:
 def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | None = None) -> Iterator[Opened]:
     """The model of a run with the weights of its newest checkpoint, or of the given one.
 
-    For a run without a checkpoint, `run.start_from` is read instead. speculate: `lookup`, or the run or checkpoint of a draft
-    model. Raises CheckpointError if there is no checkpoint, or if one was trained with another tokenizer.
+    For a run without a checkpoint, `run.start_from` is read instead. speculate: `lookup`, `mtp`, or the run or checkpoint of a
+    draft model. Raises CheckpointError if there is no checkpoint, or if one was trained with another tokenizer.
     """
     refuse(reading_problems(recipe))
     device = choose_device(recipe.run.device)
@@ -70,7 +72,12 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
         tokenizer_problems(str(path), fingerprint, ours, where=str(tokenizer_file), otherwise=another), CheckpointError
     )
     draft = []
-    if speculate not in (None, LOOKUP):
+    if speculate == DEPTHS and not recipe.model.mtp.depths:
+        raise RecipeError(
+            f"--speculate {DEPTHS} needs a model with further depths, but model.mtp.depths=0. Use --speculate {LOOKUP}, or the "
+            "run of a draft model."
+        )
+    if speculate not in (None, LOOKUP, DEPTHS):
         place, manifest = checkpoint_at(speculate)
         text = "name a draft model with that tokenizer (--speculate)"
         where = str(tokenizer_file)
@@ -80,6 +87,8 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
         refuse(language_model_problems(draft[0][0].model, place=f"--speculate {place}", key="--speculate"))
     with models_for_inference([(recipe, path), *draft], device=device) as (model, *others):
         drafter: Drafter | None = PromptLookup() if speculate == LOOKUP else None
+        if speculate == DEPTHS:
+            drafter = DepthDrafter(model, recipe.model)
         if others:
             drafter = DraftModel(others[0], draft[0][0].model)
         yield Opened(model, tokenizer, path, drafter)

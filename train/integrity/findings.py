@@ -11,7 +11,7 @@ from typing import Literal
 
 from recipes.schema.run_folder import SUSPECTS
 
-Kind = Literal["transient", "persistent", "wrong input", "state", "product", "transit"]
+Kind = Literal["transient", "persistent", "wrong input", "state", "transit"]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class StateWatch:
             (group, [_Named(name, p) for name, p in named if getattr(p, "allreduce", True) == is_dense])
             for group, is_dense in ((groups.dp_cp, True), (groups.expt_dp, False))
         ]
+        saved_names = [module.state_dict(keep_vars=True).keys() for module in modules]
         self._own: list[_Named] = []
         for part in optimizer_parts(engine.optimizer, modules, local_tensors_of(modules, groups.dp_cp)):
             name = part.local.components[0].name
@@ -56,16 +57,27 @@ class StateWatch:
         for group, weights in self._replicated:
             if group.size() == 1:  # no replica to compare with: these must rest too
                 self._own += [_Named(f"weight {one.name}", one.tensor) for one in weights]
+        self._buffers = [
+            _Named(f"{i}/{name}", buffer)
+            for i, module in enumerate(modules)
+            for name, buffer in module.named_buffers()
+            if buffer.numel() and name in saved_names[i]
+        ]
+        """Such as the biases of experts and the scales of low precision: the same on all ranks with the same weights. They are
+        allowed to change between two updates (the health policy does that), but on all ranks alike."""
+        self._replicated[0][1].extend(self._buffers)
         self._resting: list[Sums] | None = None
+        self._resting_buffers: list[Sums] | None = None
         self.clean_step = 0
 
     def forget(self) -> None:
         """The state will be filled from elsewhere, such as a checkpoint."""
-        self._resting = None
+        self._resting = self._resting_buffers = None
 
     def remember(self) -> None:
         """After an update: remember this rank's own state."""
         self._resting = [one.sums() for one in self._own]
+        self._resting_buffers = [one.sums() for one in self._buffers]
 
     def check(self, step: int) -> list[Finding]:
         """Before the update of `step`: compare. -> what was found, the same on every rank. Collective over the world."""
@@ -84,6 +96,14 @@ class StateWatch:
         for one, before in zip(self._own, self._resting, strict=True):
             if one.sums() != before:
                 return one.name
+        return None
+
+    def _changed_buffer(self) -> str | None:
+        if self._resting_buffers is None:
+            return None
+        for one, before in zip(self._buffers, self._resting_buffers, strict=True):
+            if one.sums() != before:
+                return f"buffer {one.name} changed on this rank only"
         return None
 
     def _compare(self, group: dist.ProcessGroup, weights: list[_Named]) -> tuple[bool, list[str]]:
@@ -106,6 +126,8 @@ class StateWatch:
             text = f"{changed} changed between two updates"
         elif not any(reports):
             text = self._by_majority(compared)
+            if not any(mesh.gather_objects(text)):
+                text = self._changed_buffer()
             if not any(mesh.gather_objects(text)):
                 text = self._by_owners()
         found = mesh.gather_objects((text, host_name()))

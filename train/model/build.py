@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid import hybrid_block, hybrid_model
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
@@ -28,16 +28,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import cut, layer_kinds
+from recipes.schema.pattern import cut, kinds_of, layer_kinds
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.run import RunConfig
 from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
+from train.model.checked_linears import attach_checks
+from train.model.context import RowContext
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
 from train.model.experts import ExpertLayer, router_options
-from train.model.head import ScalarHead, token_rows
+from train.model.head import ScalarHead, hidden_states, likeliest_ids, token_rows
 from train.model.initial import initialize
+from train.model.mtp import Ahead, Depth, depths_spec, window_options
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.model.rotary import Rotary, score_factor
 from train.parallel.mesh import Mesh
@@ -60,15 +63,78 @@ class Model(HybridModel):
             # Megatron has no way to leave out its own, so for a moment there is a head for the vocabulary.
             device = self.decoder.final_norm.weight.device
             self.output_layer = ScalarHead(self.config, group=self.pg_collection.tp, device=device)
-        if model.scale_embedding and self.pre_process:
+        if model.scale_embedding and hasattr(self, "embedding"):
             self.embedding.register_forward_hook(_times_root_of_hidden)
+        # Megatron would run them in each forward pass, evaluation included, and add their losses to the gradient unseen.
+        self.mtp_process = False
+        if hasattr(self, "mtp") and self.share_embeddings_and_output_weights and not self.pre_process:
+            # Megatron trap: it builds a head of its own next to the copy of the embedding, and cannot save it.
+            self.output_layer.weight = None
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses.
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The embedding, or the head that is a copy of it; a stage with further depths has the embedding."""
+        return (
+            self.embedding.word_embeddings.weight
+            if hasattr(self, "mtp")
+            else super().shared_embedding_or_output_weight()
+        )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's; the last stage's copy of the embedding is not saved."""
+        self.mtp_process = hasattr(self, "mtp")
+        try:
+            return super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.mtp_process = False
+
+    def losses_of_depths(
+        self,
+        tokens_BS: torch.Tensor,
+        positions_BS: torch.Tensor,
+        *,
+        labels_BS: torch.Tensor,
+        ahead: Ahead,
+        context: RowContext | None,
+    ) -> torch.Tensor:
+        """The last stage: losses of the next token and of each further one, then whether each further guess is right (0 or 1),
+        [1 + 2 depths, rows, sequence]. Other stages: their output. Collective over the tensor and context groups."""
+        hidden_SBH = hidden_states(self, tokens_BS, positions_BS, context=context)
+        if not self.post_process:
+            return hidden_SBH
+        losses = [self.compute_language_model_loss(labels_BS, self._logits(hidden_SBH))]
+        right = []
+        for depth, (ids_BS, label_BS) in enumerate(zip(ahead.tokens_DBS, ahead.labels_DBS, strict=True)):
+            embedded_SBH = self.embedding(input_ids=ids_BS, position_ids=positions_BS)
+            hidden_SBH = self.depth(depth).further(hidden_SBH, embedded_SBH, context=context)
+            logits_SBV = self._logits(hidden_SBH)
+            losses.append(self.compute_language_model_loss(label_BS, logits_SBV))
+            right.append(likeliest_ids(self, logits_SBV).t() == label_BS)
+        return torch.stack([*losses, *(flags.to(losses[0].dtype) for flags in right)])
+
+    def depth(self, depth: int) -> Depth:
+        """The module of a further depth, from 0; with `model.mtp.repeated` always the same."""
+        layers = self.mtp.layers
+        return layers[min(depth, len(layers) - 1)]
+
+    def _logits(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """The head's logits before the soft cap, [sequence, rows, vocabulary of this rank]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_SBH, weight=weight)[0]
+
+    def forward(
+        self, *args: Any, labels: torch.Tensor | None = None, ahead: Ahead | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses, with labels and `ahead` the
+        losses of all depths (`losses_of_depths`).
 
         With a scalar head it returns rewards, fp32 [rows, sequence], and takes no labels.
         """
         assert labels is None or not self.has_scalar_head, "a reward model predicts no tokens"
+        if ahead is not None:
+            assert labels is not None
+            tokens, positions, _mask = args
+            context = kwargs["packed_seq_params"]
+            return self.losses_of_depths(tokens, positions, labels_BS=labels, ahead=ahead, context=context)
         output = super().forward(*args, labels=labels, **kwargs)
         if not self.post_process or labels is not None:
             return output
@@ -121,6 +187,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration for a recipe. Megatron validates it again and fills in the rest."""
     kinds = layer_kinds(model.pattern)
+    has_experts = "E" in kinds_of(model)
     dtype = DTYPES[precision.params]
     activation, gated = activation_function(model.activation)
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
@@ -139,8 +206,9 @@ def transformer_config(
         layernorm_epsilon=model.norm_eps,
         layernorm_zero_centered_gamma=model.norm_offset == 1,
         softmax_scale=score_factor(model) / math.sqrt(model.query_scale or model.head_dim),
-        window_size=(model.window_tokens - 1, 0) if "w" in kinds else None,
-        window_attn_skip_freq=[int(kind == "w") for kind in kinds] if "w" in kinds else None,
+        **window_options(model, kinds),
+        mtp_num_layers=model.mtp.depths or None,
+        mtp_use_repeated_layer=model.mtp.repeated,
         add_bias_linear=False,
         activation_func=activation,
         gated_linear_unit=gated,
@@ -159,7 +227,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        **(router_options(model.experts) if "E" in kinds else {}),
+        **(router_options(model.experts) if has_experts else {}),
         # With two stages and a virtual pipeline, batched messages to the one neighbour pair up wrongly and training goes
         # wrong without an error (docs/megatron.md); overlapped single messages do not.
         overlap_p2p_comm=virtual is not None,
@@ -247,7 +315,11 @@ def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=experts
+            mamba_layer=mamba,
+            attention_layer=attention,
+            mlp_layer=mlp,
+            moe_layer=experts,
+            mtp_block_spec=depths_spec(model, norm=backend.norm(), linear=backend.column_parallel_linear()),
         ),
     )
 
@@ -289,11 +361,15 @@ def build_model(
     chunks_per_rank = parallel.virtual_pipeline
     stages = parallel.pipeline * chunks_per_rank
     # Megatron's patterns have one kind of attention layer; its config (window_attn_skip_freq) says which have a window.
-    pattern = "|".join(cut(model.pattern, stages, model=model)).replace("w", "*")
+    depths = "".join(f"/{model.mtp.pattern}" for _ in range(model.mtp.depths))
+    pattern = ("|".join(cut(model.pattern, stages, model=model)) + depths).replace("w", "*")
     pipeline_rank = mesh.groups.pp.rank()
     chunks = []
     for chunk in range(chunks_per_rank):
         stage = chunk * parallel.pipeline + pipeline_rank
+        is_last = stage == stages - 1
+        # Megatron trap: HybridModel looks for the last stage in global process groups, which do not exist here.
+        hybrid_model.mtp_on_this_rank = lambda *, mtp_num_layers, is_last=is_last, **_: is_last and bool(mtp_num_layers)
         part = Model(
             model=model,
             config=config,
@@ -302,13 +378,15 @@ def build_model(
             max_sequence_length=row_tokens,
             hybrid_layer_pattern=pattern,
             pre_process=stage == 0,
-            post_process=stage == stages - 1,
+            post_process=is_last,
             parallel_output=True,
             share_embeddings_and_output_weights=not model.has_own_head,
             position_embedding_type="none",  # the attention core applies rotary positions itself
             pg_collection=mesh.groups,
             vp_stage=chunk if chunks_per_rank > 1 else None,
         )
+        if run.integrity.enabled:
+            attach_checks(part, pattern=model.pattern, kinds=run.integrity.products)
         backend.equip(part, model=model, precision=precision)
         if draw_weights:
             initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)

@@ -30,6 +30,7 @@ from recipes.schema.experts import ExpertsConfig
 from train.model.activation import FeedForward
 from train.model.grouped_linear import GroupedLinear
 from train.model.linear import fast_linear
+from train.native.product_check import multiplier_of
 from train.parallel.exchange import exchange_rows, gather_rows, scatter_rows
 from train.parallel.mesh import Mesh
 
@@ -269,7 +270,7 @@ class ExpertLayer(MegatronModule):
             self.load.tokens += chosen_TE.shape[0]
         x = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         if self.latent_in is not None:
-            x = _projected(x, self.latent_in.weight)
+            x = _projected(x, self.latent_in)
         # Rows by expert, and of an expert by token: the order in which a token's results are summed is the same at every layout.
         chosen_ET = chosen_TE.t().contiguous()
         token_N = chosen_ET.nonzero(as_tuple=True)[1]
@@ -278,7 +279,7 @@ class ExpertLayer(MegatronModule):
         y = self._through_experts(x.index_select(0, token_N), sent)
         out = _Combine.apply(y, weight_N, token_N, x.shape[0])
         if self.latent_out is not None:
-            out = _projected(out, self.latent_out.weight)
+            out = _projected(out, self.latent_out)
         out = out.view_as(hidden_SBH)
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden_SBH)[0]
@@ -327,5 +328,5 @@ def _projection(config: TransformerConfig, inputs: int, outputs: int) -> nn.Line
     return linear
 
 
-def _projected(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return fast_linear(x, weight, None, False, False, False)
+def _projected(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    return fast_linear(x, linear.weight, None, False, False, False, multiply=multiplier_of(linear))

@@ -6,28 +6,35 @@ Rows are sorted by expert; `counts` says how many each has. Checkpoints store on
 ranks along its first dim, so that any degree can load what another one saved.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
-from train.native.gemm import multiply, multiply_groups
+from train.native.gemm import Multiply, multiply_groups, unchecked
+from train.native.product_check import multiplier_of
 
-Product = Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
-"""(rows [tokens, in], weight [experts, out, in], rows of each expert) -> [tokens, out]"""
+
+class Product(Protocol):
+    """The products of all experts of this rank."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, counts: list[int], *, multiply: Multiply = unchecked
+    ) -> torch.Tensor:
+        """x [tokens, in], sorted by expert; weight [experts, out, in]; counts: rows of each expert -> [tokens, out]."""
+        ...
 
 
 class _GroupedProduct(torch.autograd.Function):
     """y = x W_e^T for the rows of each expert e, in fp32, returned in x's dtype; gradients likewise."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: list[int], multiply: Multiply) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.counts = counts
-        return multiply_groups(x, weight.transpose(1, 2), counts)
+        ctx.counts, ctx.multiply = counts, multiply
+        return multiply_groups(x, weight.transpose(1, 2), counts, multiply=multiply)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -35,23 +42,32 @@ class _GroupedProduct(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = multiply_groups(grad, weight, ctx.counts)
+            grad_x = multiply_groups(grad, weight, ctx.counts, multiply=ctx.multiply, product="data_grad")
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(grad, x, weight=weight, counts=ctx.counts)
-        return grad_x, grad_weight, None
+            grad_weight = weight_gradient(grad, x, weight=weight, counts=ctx.counts, multiply=ctx.multiply)
+        return grad_x, grad_weight, None, None
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, *, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, *, weight: torch.Tensor, counts: list[int], multiply: Multiply
+) -> torch.Tensor:
     """[experts, out, in]: grad^T x over the rows of each expert; 0 for an expert without rows."""
     wide = torch.promote_types(x.dtype, torch.float32)
     parts = zip(grad.split(counts), x.split(counts), strict=True)
-    found = torch.stack([multiply(part.to(wide).t(), rows.to(wide)) for part, rows in parts])
+    found = torch.stack(
+        [
+            multiply(f"expert {index} weight_grad", part.to(wide).t(), rows.to(wide))
+            for index, (part, rows) in enumerate(parts)
+        ]
+    )
     return found.to(weight.dtype)
 
 
-def grouped_product(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def grouped_product(
+    x: torch.Tensor, weight: torch.Tensor, counts: list[int], *, multiply: Multiply = unchecked
+) -> torch.Tensor:
     """The products of all experts of this rank in high precision. x: [tokens, in], sorted by expert -> [tokens, out]."""
-    return _GroupedProduct.apply(x, weight, counts)
+    return _GroupedProduct.apply(x, weight, counts, multiply)
 
 
 class GroupedLinear(nn.Module):
@@ -103,7 +119,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """x: [tokens, in], sorted by expert; counts: rows of each expert of this rank -> [tokens, branches x out]."""
-        return self._forward_impl(x, self.weight.flatten(1, -2), counts)
+        return self._forward_impl(x, self.weight.flatten(1, -2), counts, multiply=multiplier_of(self))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

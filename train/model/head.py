@@ -116,6 +116,23 @@ def head_logits(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
     return logits_NBV[:, 0]
 
 
+@torch.no_grad()
+def likeliest_ids(model: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The token with the largest logit, [...], from logits [..., vocabulary of this tensor rank] before or after the soft cap; of
+    equal ones the smallest id. Collective over the tensor group."""
+    group = model.pg_collection.tp
+    slice_size = logits.shape[-1]
+    best, ids = logits[..., : token_rows(slice_size, model.vocab_padding, group)].float().max(-1)
+    if group.size() == 1:
+        return ids
+    found = [torch.empty_like(best) for _ in range(group.size())]
+    dist.all_gather(found, best.contiguous(), group=group)
+    winner = torch.stack(found).argmax(0)
+    ids = torch.where(winner == group.rank(), ids + group.rank() * slice_size, 0)
+    dist.all_reduce(ids, group=group)
+    return ids
+
+
 def _weight(model: Any) -> torch.Tensor:
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()

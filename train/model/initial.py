@@ -28,6 +28,8 @@ from recipes.schema.pattern import layer_kinds
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight", "latent_out.weight")
 HEAD = "output_layer.weight"
+MTP = "mtp."
+"""The beginning of the names of all weights of further depths."""
 _PLAIN = (
     "linear_qkv.weight",
     "linear_fc1.weight",
@@ -36,6 +38,7 @@ _PLAIN = (
     HEAD,
     "router.weight",
     "latent_in.weight",
+    "eh_proj.weight",
 )
 _GATED_NORM = "mixer.norm.weight"
 _NORMS = ("norm.weight", "layernorm.weight", "layer_norm_weight")
@@ -56,16 +59,16 @@ def global_names(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def initialize(
-    chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup, only: str | None = None
+    chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup, only: str = ""
 ) -> None:
-    """Fill every parameter of `chunk` in place, or the one that is named. Same result for the same seed at every layout. Not
-    collective.
+    """Fill every parameter of `chunk` in place, or those whose name begins with `only`. Same result for the same seed at every
+    layout. Not collective.
 
     Parameters without memory (meta device) are skipped.
     """
     layers = len(layer_kinds(model.pattern))
     for name, parameter in global_names(chunk):
-        if parameter.is_meta or only not in (None, name):
+        if parameter.is_meta or not name.startswith(only):
             continue
         if not model.has_own_head and name == HEAD:
             name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the one matrix

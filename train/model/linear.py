@@ -6,13 +6,14 @@ function for the product and its collectives. On a CPU `fast_linear` replaces th
 than fp32 (docs/log.md), so there bf16 only saves memory and traffic.
 """
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from train.native.gemm import multiply
+from train.native.product_check import Multiply, multiplier_of, unchecked
 
 
 class _Product(torch.autograd.Function):
@@ -20,12 +21,19 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None, reduces: bool, splits: bool
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        reduces: bool,
+        splits: bool,
+        multiply: Multiply,
     ) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.group, ctx.reduces, ctx.splits = group, reduces, splits
+        ctx.group, ctx.reduces, ctx.splits, ctx.multiply = group, reduces, splits, multiply
         whole = _gathered(x, group) if splits else x
-        return _multiply(_matrix(whole), weight.t()).to(x.dtype).view(*whole.shape[:-1], weight.shape[0])
+        product = multiply("forward", _wide(_matrix(whole)), _wide(weight.t()))
+        return product.to(x.dtype).view(*whole.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -33,15 +41,17 @@ class _Product(torch.autograd.Function):
         rows = _wide(_matrix(grad))
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _multiply(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+            grad_x = (
+                ctx.multiply("data_grad", rows, _wide(weight)).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+            )
             if ctx.splits:
                 grad_x = _scattered(grad_x, ctx.group)
             elif ctx.reduces:
                 dist.all_reduce(grad_x, group=ctx.group)
         if ctx.needs_input_grad[1]:
             whole = _gathered(x, ctx.group) if ctx.splits else x
-            grad_weight = _multiply(rows.t(), _matrix(whole)).to(weight.dtype)
-        return grad_x, grad_weight, None, None, None
+            grad_weight = ctx.multiply("weight_grad", rows.t(), _wide(_matrix(whole))).to(weight.dtype)
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
@@ -51,10 +61,6 @@ def _matrix(x: torch.Tensor) -> torch.Tensor:
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return multiply(_wide(a), _wide(b))
 
 
 def _gathered(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -80,6 +86,8 @@ def fast_linear(
     wgrad_deferral_limit: int | None = 0,
     tp_group: dist.ProcessGroup | None = None,
     gtp_remat_size: int = 1,
+    *,
+    multiply: Multiply = unchecked,
 ) -> torch.Tensor:
     """Same contract as Megatron's `linear_with_grad_accumulation_and_async_allreduce` and `linear_with_frozen_weight`.
 
@@ -89,18 +97,19 @@ def fast_linear(
     assert not gradient_accumulation_fusion and grad_output_buffer is None and gtp_remat_size == 1, (
         "fast_linear supports neither fused gradient accumulation, deferred weight gradients nor gtp"
     )
-    output = _Product.apply(input, weight, tp_group, allreduce_dgrad, sequence_parallel)
+    output = _Product.apply(input, weight, tp_group, allreduce_dgrad, sequence_parallel, multiply)
     return output if bias is None else output + bias
 
 
 def use_fast_product(module: torch.nn.Module) -> None:
-    """Make every parallel linear layer in `module` use `fast_linear`, if the module is on a CPU."""
+    """Make every parallel linear layer in `module` use `fast_linear` with its check, if it has one; on a CPU only."""
     first = next(module.parameters(), None)
     if first is None or first.device.type != "cpu":
         return
     for part in module.modules():
         if isinstance(part, ColumnParallelLinear | RowParallelLinear):
-            part._forward_impl = fast_linear
+            multiply = multiplier_of(part)
+            part._forward_impl = fast_linear if multiply is unchecked else partial(fast_linear, multiply=multiply)
 
 
 class WeightSource(Protocol):

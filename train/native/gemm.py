@@ -5,6 +5,8 @@ torch uses MKL for fp32 products; on AMD processors with AVX-512 MKL uses half o
 through the operator used here. In all cases tried oneDNN gave the same bits for any number of threads.
 """
 
+from typing import Protocol
+
 import torch
 
 SMALLEST = 1 << 20
@@ -20,22 +22,46 @@ def multiply(a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.
     return product if factor == 1 else product.mul_(factor)
 
 
+class Multiply(Protocol):
+    """A product of two matrices, such as `unchecked`, or one that checks it (`train.native.product_check`)."""
+
+    def __call__(self, product: str, a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
+        """factor * a [m, k] * b [k, n]. product: its name for messages."""
+        ...
+
+
+def unchecked(product: str, a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
+    """The product without a check."""
+    del product
+    return multiply(a, b, factor=factor)
+
+
 def multiply_groups(
-    rows: torch.Tensor, matrices: torch.Tensor, counts: list[int], *, in_one_call: bool | None = None
+    rows: torch.Tensor,
+    matrices: torch.Tensor,
+    counts: list[int],
+    *,
+    in_one_call: bool | None = None,
+    multiply: Multiply = unchecked,
+    product: str = "forward",
 ) -> torch.Tensor:
     """Products of groups of rows with a matrix each, summed in fp32, in the dtype of the rows; outside autograd.
 
     rows [n, k], sorted by group; matrices [groups, k, m]; counts: rows of each group -> [n, m].
 
     in_one_call: use torch's grouped product. None: for bf16 on a GPU. On a CPU it takes 2 to 3 times as long in fp32 as one
-    product of oneDNN for each group, whose call costs 8 us (docs/experts.md).
+    product of oneDNN for each group, whose call costs 8 us (docs/experts.md). multiply, product: of each group; a check needs one
+    product for each group.
     """
-    if rows.is_cuda and rows.dtype == torch.bfloat16 if in_one_call is None else in_one_call:
+    if in_one_call is None:
+        in_one_call = rows.is_cuda and rows.dtype == torch.bfloat16 and multiply is unchecked
+    if in_one_call:
         ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
         return torch._grouped_mm(rows, matrices, offs=ends)
     wide = torch.promote_types(rows.dtype, torch.float32)
     found = [
-        multiply(part.to(wide), matrix.to(wide)) for part, matrix in zip(rows.split(counts), matrices, strict=True)
+        multiply(f"expert {index} {product}", part.to(wide), matrix.to(wide))
+        for index, (part, matrix) in enumerate(zip(rows.split(counts), matrices, strict=True))
     ]
     return (found[0] if len(found) == 1 else torch.cat(found)).to(rows.dtype)
 

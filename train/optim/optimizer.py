@@ -1,4 +1,4 @@
-"""AdamW over fp32 masters, sharded over the data-parallel ranks by Megatron's distributed optimizer.
+"""AdamW, and Muon for matrices, over fp32 masters, sharded over the data-parallel ranks by Megatron's distributed optimizer.
 
 Megatron stores parameters, gradients and optimizer state in flat buffers and gives each data-parallel rank a slice; the
 arithmetic on a slice is ordinary Adam. This project has its own Adam because Megatron's checkpoints expect the step count in
@@ -6,24 +6,36 @@ the parameter group. torch's AdamW has one count per parameter: after a load all
 every parameter increments (docs/megatron.md).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    distrib_optimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch.optim.adamw import adamw
 
 from recipes.schema.optim import OptimConfig
+from recipes.schema.parameter_groups import rule_of
 from recipes.schema.precision import PrecisionConfig
+from train.optim.muon import Cut, Muon, matrix_cuts
 from train.parallel.mesh import Mesh
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, algorithm 2) with its step count in the parameter group.
 
-    State of a parameter: `exp_avg`, `exp_avg_sq`, both fp32 and of its shape. One fused kernel per group.
+    State of a parameter: `exp_avg`, `exp_avg_sq`, both fp32 and of its shape. One fused kernel per group. Groups with `muon` are
+    left to `self.muon`.
     """
+
+    muon: Muon | None = None
 
     def __init__(
         self,
@@ -40,8 +52,16 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in place. Moments must exist (`build_optimizer` creates them)."""
+        """Update every parameter that has a gradient, in place. Moments must exist (`build_optimizer` creates them). Collective
+        with Muon (`Muon.step`)."""
+        if self.muon is not None:
+            matrices = [group for group in self.param_groups if group.get("muon")]
+            self.muon.step(matrices)
+            for group in matrices:
+                group["step"] += 1
         for group in self.param_groups:
+            if group.get("muon"):
+                continue
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if not params:
                 continue
@@ -67,11 +87,19 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    chunks: list[Any], *, optim: OptimConfig, precision: PrecisionConfig, mesh: Mesh
+    chunks: list[Any],
+    *,
+    optim: OptimConfig,
+    precision: PrecisionConfig,
+    mesh: Mesh,
+    names: Mapping[torch.nn.Parameter, str],
 ) -> MegatronOptimizer:
-    """Megatron's distributed optimizer over DDP-wrapped chunks. Collective over the world.
+    """Megatron's distributed optimizer over DDP-wrapped chunks. names: of all parameters, in the whole model. Collective over
+    the world.
 
-    Weight decay applies to matrices only, not to one-dimensional parameters (norms, biases, A_log, D, dt_bias).
+    With `optim.kind=muon`, Muon updates the matrices of `matrix_cuts`, and AdamW all other parameters. Unless a rule of
+    `optim.groups` says otherwise, weight decay applies to matrices only, not to one-dimensional parameters (norms, biases,
+    A_log, D, dt_bias).
     """
     _use_group_step_adamw()
     config = OptimizerConfig(
@@ -89,21 +117,47 @@ def build_optimizer(
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         fp8_recipe=chunks[0].module.config.fp8_recipe if precision.fp8_weights else None,
     )
+    overrides = get_standard_config_overrides(config)
+    cuts: dict[torch.nn.Parameter, Cut] = {}
+    if optim.kind == "muon":
+        for chunk in chunks:
+            cuts |= matrix_cuts(chunk.module, split_fused=optim.muon.split_fused)
+        overrides[ParamKey(predicate=ParamPredicate("muon", cuts.__contains__))] = {"muon": True}  # type: ignore[typeddict-unknown-key]
+    rules = {parameter: rule_of(optim.groups, name) for parameter, name in names.items()}
+    for index in range(len(optim.groups)):
+        key = ParamKey(predicate=ParamPredicate(f"rule {index}", lambda one, index=index: rules[one] == index))
+        overrides[key] = {"rule": index}  # type: ignore[typeddict-unknown-key]
     optimizer = get_megatron_optimizer(
-        config, chunks, use_gloo_process_groups=mesh.device.type == "cuda", pg_collection=mesh.groups
+        config, chunks, overrides, use_gloo_process_groups=mesh.device.type == "cuda", pg_collection=mesh.groups
     )
     for part in _parts(optimizer):
         _repair_group_index(part)
-        part.init_state_fn(part.optimizer, part.config)  # create the moments now, so that step 0 can be saved too
+        _create_moments(part.optimizer)
+        if cuts:
+            part.optimizer.muon = Muon(part, cuts, config=optim.muon, mesh=mesh)
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        if "rule" in group:
+            rule = optim.groups[group["rule"]]
+            group["lr_mult"] = rule.lr_factor
+            if rule.weight_decay is not None:
+                group["weight_decay"] = rule.weight_decay
     return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """Use `lr` from the next step on, for every parameter."""
+    """Use `lr` from the next step on, times the factor of each parameter's group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_mult"]
+
+
+def _create_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Create the moments before the first step, so that step 0 can be saved too. Muon has no second moment."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter.data)
+            if not group.get("muon"):
+                optimizer.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter.data)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -55,11 +55,15 @@ class Reduction:
     def __init__(self) -> None:
         self.before: Callable[[], None] | None = None
         """Called after this rank's backward passes; until then it has waited for no data-parallel rank."""
+        self.after: Callable[[], None] | None = None
+        """Called when the gradients are summed."""
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
         if self.before is not None:
             self.before()
         finalize_model_grads(*arguments, **named)
+        if self.after is not None:
+            self.after()
 
 
 def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> Reduction:

@@ -34,9 +34,11 @@ from recipes.schema.scaling import (
     Scaling,
     active_scaling,
     low_precision_linears,
+    rule_numbers,
     scaling_of,
 )
-from train.native.gemm import multiply
+from train.native.gemm import Multiply, unchecked
+from train.native.product_check import multiplier_of
 from train.precision import health
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
@@ -57,6 +59,8 @@ class LowPrecisionLinear:
     module: torch.nn.Module
     expert: int | None = None
     """Index in the layer, if the module has the matrices of several experts (`train.model.grouped_linear`)."""
+    rule: Scaling | None = None
+    """Scaling by `precision.rules`; None: that of the step."""
     scaling: Scaling | None = None
     """Scaling of the current step; None: high precision."""
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -155,20 +159,22 @@ def gemm(name: str, linear: LowPrecisionLinear, a: torch.Tensor, b: torch.Tensor
 
     name: forward, data_grad or weight_grad.
     """
-    del name, linear
-    return multiply(a, b, factor=factor)
+    where = name if linear.expert is None else f"expert {linear.expert} {name}"
+    return multiplier_of(linear.module)(where, a, b, factor=factor)
 
 
 def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
     """Add low-precision products and state to the linear layers that a recipe selects, in a freshly built chunk."""
-    chosen = low_precision_linears(model, precision)
+    chosen, decided = low_precision_linears(model, precision), rule_numbers(model, precision)
     scalings = [scaling_of(precision), scaling_of(precision, precision.scaling_after)]
     has_history = any(scaling is not None and scaling.uses_history for scaling in scalings)
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
         index = layer.layer_number - 1
         for name in chosen.get(index, ()):
             module = layer.get_submodule(name)
-            linear = LowPrecisionLinear(layer=index, name=name, module=module)
+            number = decided.get(index, {}).get(name)
+            rule = None if number is None else scaling_of(precision, precision.rules[number].scaling)
+            linear = LowPrecisionLinear(layer=index, name=name, module=module, rule=rule)
             device = module.weight.device
             if has_history:
                 scale = torch.ones(len(OPERANDS), device=device)
@@ -211,9 +217,11 @@ def _grouped_product_of(
 ) -> Callable[..., torch.Tensor]:
     """The same for the experts of a rank: each expert's rows are quantised by themselves, filled up with zeros to `ROWS`."""
 
-    def product(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def product(
+        x: torch.Tensor, weight: torch.Tensor, counts: list[int], *, multiply: Multiply = unchecked
+    ) -> torch.Tensor:
         if linears[0].scaling is None:
-            return plain(x, weight, counts)
+            return plain(x, weight, counts, multiply=multiply)
         outputs = []
         for linear, rows, matrix in zip(linears, x.split(counts), weight, strict=True):
             count = len(rows)
@@ -245,14 +253,14 @@ class EmulatedPrecision:
         self.begin_step(step=0, tokens=0)
 
     def active(self) -> str:
-        scaling = next((linear.scaling for linear in self.linears if linear.scaling is not None), None)
-        return "none" if scaling is None else scaling.name
+        return self._of_step if any(linear.scaling is not None for linear in self.linears) else "none"
 
     def begin_step(self, *, step: int, tokens: int, measure: bool = False) -> None:
         scaling = active_scaling(self.precision, tokens)
+        self._of_step = "none" if scaling is None else scaling.name
         for linear in self.linears:
-            linear.scaling = None if _is_off(linear) else scaling
-            if scaling is not None and scaling.uses_history:
+            linear.scaling = None if scaling is None or _is_off(linear) else linear.rule or scaling
+            if linear.scaling is not None and linear.scaling.uses_history:
                 input, weight, grad = linear.module.low_precision_scale.tolist()
                 linear.scales = (input, weight, grad / self.shards)
             linear.amaxes = [0.0, 0.0, 0.0]

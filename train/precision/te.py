@@ -20,7 +20,7 @@ from recipes.schema.facts import wants_fp32_block_scales
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.rules import block_scale_problems, low_precision_problems
-from recipes.schema.scaling import active_scaling, low_precision_linears, scalings_used
+from recipes.schema.scaling import active_scaling, low_precision_linears, rule_numbers, scalings_used
 from train.parallel.mesh import Mesh
 from train.precision.control import PrecisionControl, Reading
 
@@ -94,7 +94,10 @@ class TransformerEngineModules:
         }
 
     def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
-        """Delayed scaling: keep the recipe's high-precision layers, which Megatron refuses, and store scales in buffers.
+        """Linears that `precision.rules` decides: their own quantisation inside the layer's autocast. It is set here, because
+        Megatron's patterns of names count the layers of a pipeline stage, and its constructor resets what was set before.
+
+        Delayed scaling: keep the recipe's high-precision layers, which Megatron refuses, and store scales in buffers.
 
         Delayed scaling needs one autocast around the whole stack, so Megatron cannot exclude single layers. An inner,
         disabled autocast can, and does not affect the amax reduction at the end of the outer one.
@@ -102,6 +105,12 @@ class TransformerEngineModules:
         Scales and histories get the same buffers as in the emulated backend. Transformer Engine would store them as pickled
         objects, and refuses to load those.
         """
+        for index, names in rule_numbers(model, precision).items():
+            for layer in (layer for layer in chunk.decoder.layers if layer.layer_number - 1 == index):  # type: ignore[union-attr]
+                for name, number in names.items():
+                    layer.get_submodule(name).te_quant_params = _quantization(
+                        precision, precision.rules[number].scaling
+                    )
         if not _uses_delayed(precision):
             return
         low = low_precision_linears(model, precision)
@@ -122,7 +131,8 @@ class _TransformerEnginePrecision:
     def __init__(self, chunks: list[Any], precision: PrecisionConfig, *, shards: int) -> None:
         """shards: data-parallel times context ranks; gradient scales are stored for one (`train.precision.emulated`)."""
         parts = [part for chunk in chunks for part in chunk.modules()]
-        stacks = [part for part in parts if hasattr(part, "layer_type_list")]
+        # Further depths (`train.model.mtp`) are always in high precision.
+        stacks = [part for part in parts if hasattr(part, "layer_type_list") and not part.is_mtp_layer]
         self.delayed = [part for part in parts if hasattr(part, "low_precision_scale")]
         self.shards = shards
         self.configs = [stack.config for stack in stacks]
@@ -178,6 +188,21 @@ def _keep_scales_in_buffers(part: torch.nn.Module, precision: PrecisionConfig) -
     part.register_buffer("low_precision_off", torch.zeros(1, device=device))  # type: ignore[arg-type]
     part.get_extra_state = lambda: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign,assignment]
     part.set_extra_state = lambda state: None  # type: ignore[method-assign,assignment]
+
+
+def _quantization(precision: PrecisionConfig, scaling: str) -> Any:
+    """Megatron's parameters for a linear with a scaling of its own."""
+    # Imports here: Transformer Engine is an optional package.
+    from megatron.core.enums import Fp4Recipe, Fp8Recipe
+    from megatron.core.extensions.transformer_engine import TEQuantizationParams, TEQuantizationRecipe
+
+    fields = megatron_fields(precision, scaling)
+    recipe = TEQuantizationRecipe()  # high precision
+    if fields["fp8"] is not None:
+        recipe = TEQuantizationRecipe(fp8_quantization_recipe=Fp8Recipe(fields["fp8_recipe"]), fp8_format=fields["fp8"])
+    elif fields["fp4"] is not None:
+        recipe = TEQuantizationRecipe(fp4_quantization_recipe=Fp4Recipe.nvfp4)
+    return TEQuantizationParams(training_recipe=recipe, evaluation_recipe=None)
 
 
 def _uses_delayed(precision: PrecisionConfig) -> bool:

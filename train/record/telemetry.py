@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from launch.starts import process_age_s
 from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import StratumError
 from recipes.schema.run_folder import METRICS, Line
@@ -67,12 +68,14 @@ class Telemetry:
         kernels: str = "",
         precision_at: Callable[[int], str] = lambda tokens: "",
         waits_for_space: bool = False,
+        load_s: float = 0.0,
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
         precision_at: text about the precision of a step that starts after this many tokens.
 
         first_step: steps already finished. data_hash: identity of the prepared data, for trackers. kernels: which CPU kernels
-        the ranks run (`train.native.kernel_versions`). waits_for_space: see `JsonLines`.
+        the ranks run (`train.native.kernel_versions`). waits_for_space: see `JsonLines`. load_s: how long loading the state took,
+        until now.
 
         Raises StratumError if metrics.jsonl cannot be written.
         """
@@ -117,6 +120,8 @@ class Telemetry:
                     "kernels": kernels,
                     "flops_per_token": flops_per_token,
                     "peak_flops": peak_flops,
+                    "started_s": process_age_s(),
+                    "load_s": load_s,
                 }
             ]
         )

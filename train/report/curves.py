@@ -98,6 +98,7 @@ def charts_of(records: Sequence[RunRecord]) -> dict[str, list[Chart]]:
             ),
             *_parts(records),
         ],
+        "Experts": _experts(records),
         "Rollouts": _rollouts(records),
         "Tasks": [*_tasks(records)],
         "Speed": [
@@ -191,6 +192,36 @@ def _parts(records: Sequence[RunRecord]) -> list[Chart]:
             curves.append([thin("", steps, smooth(values))] if steps else [])
         charts.append(Chart(name.replace("_", " "), "", curves))
     return charts
+
+
+def _experts(records: Sequence[RunRecord]) -> list[Chart]:
+    """What the routers of expert layers did. A curve is the mean over layers, its band the range of the layers."""
+    readings = [record.experts() for record in records]
+
+    def chart(title: str, unit: str, *names: str, times: float = 1.0, from_zero: bool = False) -> Chart:
+        curves = [
+            [_over_layers(name, lines, times=times, is_named=len(names) > 1) for name in names] if lines else []
+            for lines in readings
+        ]
+        return Chart(title, unit, curves, from_zero=from_zero)
+
+    return [
+        chart("Load of the busiest expert", "times the mean", "load_max", from_zero=True),
+        chart("Load of the least busy expert", "times the mean", "load_min", from_zero=True),
+        chart("Entropy of the load", "share of the largest", "entropy"),
+        chart("Dropped choices", "%", "dropped", times=100, from_zero=True),
+        chart("Bias of the router", "", "bias_min", "bias_max"),
+    ]
+
+
+def _over_layers(name: str, lines: Sequence[Line], *, times: float, is_named: bool) -> Curve:
+    layers = [[times * as_number(layer[name]) for layer in line["layers"]] for line in lines]
+    size = math.ceil(len(lines) / MOST_POINTS)  # a point is a group of readings, as in `thin`
+    groups = [[v for found in layers[at : at + size] for v in found] for at in range(0, len(lines), size)]
+    steps = [lines[min(at + size, len(lines)) - 1]["step"] for at in range(0, len(lines), size)]
+    means = [math.fsum(group) / len(group) for group in groups]
+    label = name.removeprefix("bias_") if is_named else ""
+    return Curve(label, steps, means, [min(group) for group in groups], [max(group) for group in groups])
 
 
 def _rollouts(records: Sequence[RunRecord]) -> list[Chart]:

@@ -15,6 +15,7 @@ from data.store.manifest import MANIFEST, read_manifest
 from launch.lease import LeaseError, current_owner
 from launch.plan.cost.device import find_device
 from launch.plan.planner import make_plan
+from launch.starts import starts_of
 from launch.time_spent import Stretch, goodput, time_spent, totals
 from recipes.schema import units
 from recipes.schema.errors import StratumError
@@ -33,8 +34,10 @@ MOST_MEASUREMENTS = 60
 """Measurements of quantised operands that are shown."""
 MOST_EVENTS = 500
 MOST_SAMPLES = 40
+"""Samples that are shown: a quarter from the beginning of the run, the others from its end."""
 MOST_TRACES = 4
 _TOLD_ELSEWHERE = {
+    "experts",
     "precision",
     "tasks",
     "rollouts",
@@ -66,7 +69,7 @@ def read_reported(folder: Path) -> ReportedRun:
 def describe(run: ReportedRun) -> dict[str, Any]:
     """Everything that the page shows of one run, without its curves."""
     record = run.record
-    stretches = time_spent(run.lines)
+    stretches = time_spent(run.lines, starts_of(run.folder))
     seconds = totals(stretches)
     return {
         "name": printable(run.name),
@@ -256,7 +259,7 @@ def _profile(folder: Path) -> list[list[str]]:
 
 
 def _samples(run: ReportedRun) -> list[dict[str, Any]]:
-    """Texts that the model wrote: the run's sample.txt, and answers to prompts that reinforcement learning sampled."""
+    """Texts that the model wrote: sample.txt, and the first and the newest answers that reinforcement learning sampled."""
     found = []
     try:
         text = read_bounded(run.folder / "sample.txt").decode(errors="replace")
@@ -269,7 +272,8 @@ def _samples(run: ReportedRun) -> list[dict[str, Any]]:
                 if isinstance(sample, dict):
                     parts = (f"{key}: {value}" for key, value in sample.items())
                     found.append({"title": f"step {line.get('step')}", "text": printable_lines("\n".join(parts))})
-    return found[:1] + found[1:][-MOST_SAMPLES:]
+    first = MOST_SAMPLES // 4
+    return found if len(found) <= MOST_SAMPLES else found[:first] + found[first - MOST_SAMPLES :]
 
 
 def _events(lines: Sequence[Line]) -> list[list[str]]:

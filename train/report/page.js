@@ -125,10 +125,11 @@ function setZoom(range) {
   charts.forEach(chart => chart.zoomTo())
 }
 
-const KINDS = ["training", "evaluating", "saving", "waiting for data", "repeated steps", "stopped or starting", "other work"]
+const KINDS = ["training", "evaluating", "saving", "waiting for data", "waiting for copies", "starting", "loading"]
+const LOST = ["lost work", "detecting a failure", "queue or back-off", "stopped"]
 const kindColour = kind => {
   if (kind === "training") return css("--good")
-  if (kind === "stopped or starting" || kind === "repeated steps") return kind === "repeated steps" ? css("--bad") + "99" : css("--bad")
+  if (LOST.includes(kind)) return css("--bad") + ["99", "cc", "66", ""][LOST.indexOf(kind)]
   if (kind === "other work") return css("--muted")
   return colour([0, 1, 3, 4, 5, 6, 7][(KINDS.indexOf(kind) + 7) % 7])
 }

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import GATED, LayerKind
+from recipes.schema.pattern import GATED, LayerKind, mtp_kinds
 
 Modules = Literal["reference", "te"]
 LOSS_PART = 1 << 24
@@ -110,6 +110,17 @@ def head_bytes(shape: Shape) -> float:
         return norm + shape.share * m.hidden * (4 if e == 2 else 0) + (4.0 + 8.0) * shape.tokens
     logits = float(e * shape.tokens * m.vocab / shape.tensor)
     return norm + logits + 8.0 * shape.tokens
+
+
+def depths_bytes(shape: Shape) -> float:
+    """Bytes that the further depths (`model.mtp`) keep: embeddings, three norms, the projection's input (whole on each tensor
+    rank) and output, layers, and a pass of the head each. Recomputation is left out: an upper bound with it."""
+    m, e = shape.model, shape.size
+    norms = 3 * shape.share * (2 * m.hidden * e + 4)
+    projection = 2 * shape.share * m.hidden * e + shape.tokens * m.hidden * e
+    logits = float(e * shape.tokens * m.vocab / shape.tensor)
+    layers = sum(layer_bytes(shape, kind) for kind in mtp_kinds(m))
+    return m.mtp.depths * (norms + projection + layers + logits + 25.0 * shape.tokens)
 
 
 def head_workspace(shape: Shape) -> float:

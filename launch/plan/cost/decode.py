@@ -60,11 +60,13 @@ def decode_speed(
     moved = (
         memory.weights
         - embedding
+        - 2.0 * parameters(model).mtp  # further depths are used for guesses only
         - 2.0 * _unread_experts(model, batch)
         + memory.keys_values
         + 2 * _states(model, batch)
     )  # states are read and written
-    flops = batch * flops_per_token(model, read).total / 3  # backward passes are two thirds
+    training = flops_per_token(model, read)
+    flops = batch * (training.total - training.mtp) / 3  # backward passes are two thirds
     seconds = max(moved / (BANDWIDTH_SHARE * device.hbm), flops / device.peak["bf16"])
     whole = decode_memory(model, context_tokens=context_tokens, batch=batch)
     return DecodeSpeed(context_tokens, batch, whole, batch / seconds)

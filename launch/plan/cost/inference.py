@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import counts, flops_per_token, parameters
+from recipes.schema.pattern import counts, flops_per_token, mtp_kinds, parameters
 from recipes.schema.units import GIB, gib
 from recipes.schema.weight_formats import stored_linears, weight_format
 
@@ -60,7 +60,7 @@ def inference_memory(
 
 def _weights(model: ModelConfig, weight_bytes: float, quantized: str | None) -> float:
     # A_log, D and dt_bias of Mamba-2 layers are fp32 in every format.
-    scan = 3 * model.mamba_heads * counts(model.pattern)["M"]
+    scan = 3 * model.mamba_heads * (counts(model.pattern)["M"] + model.mtp.sets * mtp_kinds(model).count("M"))
     plain = weight_bytes * (parameters(model).total - scan) + SCAN_PARAMETER_BYTES * scan
     if quantized is None:
         return plain
@@ -80,9 +80,11 @@ def roofline_tokens_per_s(
     """
     memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
     embedding = 2 * parameters(model).embedding if model.has_own_head else 0
-    traffic = memory.weights - embedding + memory.keys_values + 2 * memory.mamba_states
-    flops = batch * flops_per_token(model, context_tokens).total / 3
-    return batch / max(traffic / (gb_per_s * 1e9), flops / (tflops * 1e12))
+    unread = embedding + 2 * parameters(model).mtp
+    traffic = memory.weights - unread + memory.keys_values + 2 * memory.mamba_states
+    flops = flops_per_token(model, context_tokens)
+    products = batch * (flops.total - flops.mtp) / 3
+    return batch / max(traffic / (gb_per_s * 1e9), products / (tflops * 1e12))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ between GPUs. It does not depend on the GPU's speed; `launch.plan.cost.time` tur
 A multiply-add is 2 FLOPs. `tokens` (T below) is the number of tokens of a microbatch on one context rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from recipes.schema.model import ModelConfig
@@ -24,6 +24,8 @@ class Gemm:
     experts: int = 0
     """Number of routed experts whose matrices these are: each is multiplied by its part of the m rows, in one kernel. 0: one
     matrix."""
+    scaling: str | None = None
+    """Scaling of this linear, if it is not the layer's (`precision.rules`)."""
 
     @property
     def flops(self) -> float:
@@ -71,13 +73,15 @@ def layer_work(
     expert_tensor: int = 1,
     split_sequence: bool,
     is_low: bool,
+    scalings: Mapping[str, str] | None = None,
 ) -> LayerWork:
-    """Work of one layer. tokens: T. sequence: tokens of a whole row, which a query can attend to.
+    """Work of one layer. tokens: T. sequence: tokens of a whole row, which a query can attend to. scalings: those of the linears
+    that do not have the layer's.
 
     Loads of experts are taken as balanced.
     """
     share = tensor if split_sequence else 1
-    gemms = tuple(_gemms(kind, model, tokens, share, tensor, expert, expert_tensor, is_low))
+    gemms = tuple(_gemms(kind, model, tokens, share, tensor, expert, expert_tensor, is_low, scalings or {}))
     # In units of T x hidden: the norm reads one and writes one, the residual sum reads two and writes one. Backward, the norm
     # reads two and writes one, and the sum of gradients reads two and writes one.
     norm = 2.0 * model.hidden * tokens / share
@@ -154,22 +158,39 @@ def _gemms(
     expert: int,
     expert_tensor: int,
     is_low: bool,
+    scalings: Mapping[str, str],
 ) -> Iterator[Gemm]:
     """The products of one layer on one rank. share: ranks over which the sequence is split."""
     shapes = linear_shapes(model, kind, tensor=tensor, expert_tensor=expert_tensor)
-    if kind != "E":
-        yield from (Gemm(tokens, out, into, is_low) for out, into in shapes.values())
-        return
     experts, own = model.experts, -(-tokens // share)
     for name, (out, into) in shapes.items():
+        scaling = scalings.get(name)
+        low = is_low and scaling != "none"
         if name in LINEARS["E"]:
-            yield Gemm(own * experts.top_k * expert_tensor, out, into, is_low, experts=experts.count // expert)
+            rows = own * experts.top_k * expert_tensor
+            yield Gemm(rows, out, into, low, experts=experts.count // expert, scaling=scaling)
         else:
-            yield Gemm(tokens, out, into, is_low)
+            yield Gemm(tokens, out, into, low, scaling=scaling)
+    if kind != "E":
+        return
     yield Gemm(own, experts.count, model.hidden, False)
     if experts.latent:
         yield Gemm(own, experts.latent, model.hidden, False)
         yield Gemm(own, model.hidden, experts.latent, False)
+
+
+def projection_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
+    """Work of a further depth before its layers (`model.mtp`): norms of embedding and hidden state, projection, and the gather of
+    its result over the tensor ranks."""
+    width = 2.0 * tokens * model.hidden
+    return LayerWork(
+        gemms=(Gemm(tokens, model.hidden // tensor, 2 * model.hidden, is_low=False),),
+        forward_bytes=8 * width,  # embedding written, two norms, concatenation
+        backward_bytes=10 * width,
+        tensor_bytes=width,
+        tensor_collectives=(3, 3) if tensor > 1 else (0, 0),
+        weights=2 * model.hidden * model.hidden // tensor,
+    )
 
 
 def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from launch.plan.cost.activations import (
     Modules,
     Shape,
+    depths_bytes,
     distilled_head_bytes,
     distilled_head_workspace,
     head_bytes,
@@ -86,8 +87,9 @@ def optimizer_state(
     stage: int,
     shard: int | None = None,
     expert_shard: int | None = None,
+    muon: bool = False,
 ) -> "State":
-    """Bytes of weights, gradients and optimizer state of a pipeline rank.
+    """Bytes of weights, gradients and optimizer state of a pipeline rank. muon: matrices have no second moment.
 
     shard, expert_shard: its index among the data-parallel x context ranks, and among the ranks with its experts. None: an equal
     part of each bucket including padding, an upper bound for all ranks.
@@ -100,6 +102,7 @@ def optimizer_state(
         stage=stage,
         shard=shard,
         expert_shard=expert_shard,
+        muon=muon,
     )
 
 
@@ -113,12 +116,13 @@ def _state(
     stage: int,
     shard: int | None,
     expert_shard: int | None,
+    muon: bool,
 ) -> "State":
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
     shards = layout.data * layout.context
     size = 2 if precision.params == "bf16" else 4
-    weights = gradients = masters = moments = low_copies = 0
+    weights = gradients = masters = moments = low_copies = update = 0
     for index in range(layout.virtual):
         chunk = index * layout.pipeline + stage
         start = sum(map(len, chunks[:chunk]))
@@ -131,7 +135,7 @@ def _state(
             is_first=chunk == 0,
             is_last=chunk == len(chunks) - 1,
             stages=layout.pipeline,
-            low_layers=frozenset(layer - start for layer in low if start <= layer < start + len(chunks[chunk])),
+            low={layer - start: names for layer, names in low.items() if start <= layer < start + len(chunks[chunk])},
         )
         bucket = bucket_size(
             data=layout.data,
@@ -149,13 +153,18 @@ def _state(
             gradients += buffer.numel * 4
             masters += 0 if is_fp32 else 4 * own_numel
             moments += 8 * own_numel
+            if muon:
+                places = range(ranks) if rank is None else [rank]
+                matrices = [buffer.shard_of_matrices(place, ranks) for place in places]
+                moments -= 4 * min(matrices)
+                update += 2 * 4 * max(matrices)
         low_numel = sum(one.numel for one in tensors if one.is_low)
         if precision.fp8_weights:  # the weights themselves are 1 byte, with a transposed copy of 1 byte
             weights -= low_numel * (size - 1)
             low_copies += low_numel
         else:
             low_copies += 2 * low_numel
-    return State(weights, gradients, masters, moments, low_copies)
+    return State(weights, gradients, masters, moments, low_copies, update)
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,8 @@ class State:
     masters: int
     moments: int
     low_copies: int
+    update: int
+    """Temporary memory of Muon's update: what this rank sends to the owners of matrices, and the matrices that it owns."""
 
 
 def rank_memory(
@@ -182,13 +193,15 @@ def rank_memory(
     teacher: float = 0.0,
     caches: float = 0.0,
     distils: bool = False,
+    muon: bool = False,
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage.
 
     rows: rows of a microbatch. teacher: bytes of frozen models on this stage. caches: bytes in use while answers are
-    generated. distils: whether the loss is distillation, which keeps the logits of only one chunk of tokens at a time.
+    generated. distils: whether the loss is distillation, which keeps the logits of only one chunk of tokens at a time. muon:
+    whether Muon updates the matrices, when no activations are in use.
     """
-    state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
+    state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage, muon=muon)
     kept, workspace = stage_activations(
         model,
         parallel=parallel,
@@ -212,7 +225,7 @@ def rank_memory(
         moments=state.moments,
         low_copies=state.low_copies if modules == "te" else 0,
         activations=kept,
-        workspace=workspace,
+        workspace=max(workspace, state.update - kept),
         communication=waiting + gathered,
         reserve=RESERVE_BYTES if modules == "te" else 0.0,
         teacher=teacher,
@@ -258,7 +271,8 @@ def stage_activations(
         # When layer i is recomputed, the inputs of later layers are already freed.
         peaks = [layer - (len(layers) - count) * hidden - shared for count, layer in enumerate(layers, start=1)]
         recomputed.append(max(0.0, *peaks) if is_full else 0.0)
-        ends.append((head(shape) if chunk == len(chunks) - 1 else 0.0) + (8.0 * shape.tokens if chunk == 0 else 0.0))
+        last = head(shape) + depths_bytes(shape) if chunk == len(chunks) - 1 else 0.0
+        ends.append(last + (8.0 * shape.tokens if chunk == 0 else 0.0))
         patterns.append(chunks[chunk])
     now = peak = 0.0
     for direction, index in pipeline_schedule(

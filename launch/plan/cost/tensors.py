@@ -8,11 +8,14 @@ multiple of lcm(data-parallel ranks, 128), and a tied embedding has a bucket of 
 """
 
 import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.pattern import LayerKind, mtp_kinds, mtp_projection_weights
 from recipes.schema.scaling import linear_shapes
 
 PARAMETER_START = 64
@@ -32,6 +35,8 @@ class Tensor:
     """Whether it is the weight of a linear layer that runs in low precision."""
     is_expert: bool = False
     """Whether it is a weight of routed experts, which have buffers of their own and other data-parallel ranks."""
+    is_matrix: bool = False
+    """Whether Muon would update it: the matrices of layers."""
 
 
 def stage_tensors(
@@ -44,12 +49,15 @@ def stage_tensors(
     is_first: bool,
     is_last: bool,
     stages: int = 1,
-    low_layers: frozenset[int] = frozenset(),
+    low: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """Parameters of one model chunk on one tensor rank, in order. low_layers: indexes in `pattern` with low precision."""
+    """Parameters of one model chunk on one tensor rank, in order. low: linears in low precision, by index in `pattern`."""
     table = model.vocab // tensor * model.hidden
+    has_depths = is_last and model.mtp.depths > 0
     shared = not model.has_own_head and stages > 1
-    found = [Tensor(table, is_shared=shared)] if is_first else []
+    # Further depths need the embedding too: the last stage has a copy.
+    is_copied = shared or (model.mtp.depths > 0 and stages > 1)
+    found = [Tensor(table, is_shared=is_copied)] if is_first or has_depths else []
     for index, kind in enumerate(pattern):
         found += layer_tensors(
             model,
@@ -57,27 +65,47 @@ def stage_tensors(
             tensor=tensor,
             expert=expert,
             expert_tensor=expert_tensor,
-            is_low=index in low_layers,
+            low=low.get(index, ()),
         )
     if is_last:
         found.append(Tensor(model.hidden))
+        found += depth_tensors(model, tensor=tensor, expert=expert, expert_tensor=expert_tensor) * model.mtp.sets
         if model.head == "scalar":
             found.append(Tensor(model.hidden))  # the same on every tensor rank
-        elif model.has_own_head or not is_first:
+        elif model.has_own_head or not (is_first or has_depths):
             found.append(Tensor(table, is_shared=shared))
     return found
 
 
+def depth_tensors(model: ModelConfig, *, tensor: int, expert: int = 1, expert_tensor: int = 1) -> list[Tensor]:
+    """Parameters of one further depth (`model.mtp`) on one rank; its layers are in high precision."""
+    norm = Tensor(model.hidden)
+    layers = [
+        one
+        for kind in mtp_kinds(model)
+        for one in layer_tensors(model, kind, tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+    ]
+    return [norm, norm, Tensor(mtp_projection_weights(model) // tensor, is_matrix=True), *layers, norm]
+
+
 @lru_cache(maxsize=256)
 def layer_tensors(
-    model: ModelConfig, kind: LayerKind, *, tensor: int, expert: int = 1, expert_tensor: int = 1, is_low: bool = False
+    model: ModelConfig,
+    kind: LayerKind,
+    *,
+    tensor: int,
+    expert: int = 1,
+    expert_tensor: int = 1,
+    low: tuple[str, ...] = (),
 ) -> list[Tensor]:
     """Parameters of one layer on one rank."""
     shapes = linear_shapes(model, kind, tensor=tensor, expert_tensor=expert_tensor)
-    column, row, *shared = ((out * into) for out, into in shapes.values())
+    column, row, *shared = (
+        Tensor(out * into, is_low=name in low, is_matrix=True) for name, (out, into) in shapes.items()
+    )
     after = [Tensor(model.hidden)] if model.post_norms else []
     norm = Tensor(model.hidden)
-    into, out = Tensor(column, is_low=is_low), Tensor(row, is_low=is_low)
+    into, out = column, row
     match kind:
         case "M":
             heads = model.mamba_heads // tensor
@@ -89,10 +117,12 @@ def layer_tensors(
             return [norm, into, out, *after]
         case "E":
             here = model.experts.count // expert
-            routed = [Tensor(here * one, is_low=is_low, is_expert=True) for one in (column, row)]
-            latent = [Tensor(model.hidden * model.experts.latent)] * (2 if model.experts.latent else 0)
-            router = Tensor(model.experts.count * model.hidden)
-            return [norm, router, *latent, *routed, *(Tensor(one, is_low=is_low) for one in shared), *after]
+            routed = [
+                Tensor(here * one.numel, is_low=one.is_low, is_expert=True, is_matrix=True) for one in (column, row)
+            ]
+            latent = [Tensor(model.hidden * model.experts.latent, is_matrix=True)] * (2 if model.experts.latent else 0)
+            router = Tensor(model.experts.count * model.hidden, is_matrix=True)
+            return [norm, router, *latent, *routed, *shared, *after]
         case _:
             return [norm, out, into, *after]
 
@@ -107,16 +137,28 @@ class Buffer:
     """Elements including padding; the same for weights and fp32 gradients."""
     parameter_ranges: tuple[tuple[int, int], ...]
     """[start, end) of each parameter."""
+    matrix_ranges: tuple[tuple[int, int], ...]
+    """[start, end) of the matrices of layers among them."""
     buckets: tuple[tuple[int, int], ...]
     """[start, end) of each bucket, including padding."""
 
     def shard(self, rank: int, ranks: int) -> int:
         """Elements of parameters whose optimizer state is on data-parallel rank `rank` of `ranks` (padding has no state)."""
+        return self._shard(self.parameter_ranges, rank, ranks)
+
+    def shard_of_matrices(self, rank: int, ranks: int) -> int:
+        """Those of matrices of layers."""
+        return self._shard(self.matrix_ranges, rank, ranks)
+
+    def _shard(self, parameters: tuple[tuple[int, int], ...], rank: int, ranks: int) -> int:
         total = 0
         for start, end in self.buckets:
             size = (end - start) // ranks
             low, high = start + rank * size, start + (rank + 1) * size
-            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.parameter_ranges)
+            # Ranges ascend: only those between the first that ends after `low` and the last that starts before `high` count.
+            first = bisect_right(parameters, low, key=lambda one: one[1])
+            last = bisect_left(parameters, high, key=lambda one: one[0])
+            total += sum(min(high, b) - max(low, a) for a, b in parameters[first:last])
         return total
 
 
@@ -165,4 +207,5 @@ def _lay_out(kind: tuple[bool, bool], tensors: list[Tensor], *, shards: int, buc
             in_bucket = 0
     if in_bucket:
         close(at)
-    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), tuple(buckets))
+    matrices = tuple(at for at, one in zip(parameter_ranges, reversed(tensors), strict=True) if one.is_matrix)
+    return Buffer(*kind, buckets[-1][1], tuple(parameter_ranges), matrices, tuple(buckets))

@@ -16,10 +16,12 @@ from typing import Literal
 
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import MEGATRON, Efficiency, Software
-from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work
+from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work, projection_work
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import LayerKind
+from recipes.schema.muon import iteration_cost, layer_matrices
+from recipes.schema.optim import MuonConfig
+from recipes.schema.pattern import LayerKind, mtp_kinds
 
 
 class Parts(defaultdict[str, float]):
@@ -56,6 +58,8 @@ class Setting:
     scaling: str = "none"
     high_precision_layers: frozenset[int] = frozenset()
     """Indexes of layers without low-precision products."""
+    rules: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """{layer: {linear: its scaling}}, where it is not `scaling` (`precision.rules`)."""
     split_sequence: bool = False
     recompute: float = 0.0
     """Share of the layers' forward pass that is recomputed: 0 none, 1 full."""
@@ -63,6 +67,8 @@ class Setting:
     overlap_param_gather: bool = True
     teacher_s: float = 0.0
     """Seconds that a teacher adds to each microbatch on the last stage (`launch.plan.teacher`)."""
+    muon: MuonConfig | None = None
+    """How Muon updates matrices; None: AdamW updates them."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -107,9 +113,42 @@ def step_time(setting: Setting) -> StepTime:
         for dense, experts in (_rank_weights(setting, stage) for stage in range(layout.pipeline))
     )
     parts["optimizer"] += OPTIMIZER_BYTES * owned / (setting.device.hbm * setting.efficiency.hbm)
+    if setting.muon is not None:
+        parts["optimizer"] += max(muon_seconds(setting, stage, muon=setting.muon) for stage in range(layout.pipeline))
     nodes = max(1.0, layout.world / setting.device.node)
     parts["jitter"] += sum(parts.values()) * setting.efficiency.jitter * math.log2(nodes)
     return StepTime(seconds=sum(parts.values()), parts=parts, stage_seconds=tuple(sums))
+
+
+def muon_seconds(setting: Setting, stage: int, *, muon: MuonConfig) -> float:
+    """Seconds in which the ranks of a stage orthogonalize its matrices, in bf16, and exchange their parts before and after.
+
+    Each matrix has one owner: no rank is faster than the most expensive matrix of the stage. The exchange hides nothing.
+    """
+    layout, device, eff = setting.layout, setting.device, setting.efficiency
+    layers = Counter("".join(setting.stages[chunk] for chunk in range(stage, len(setting.stages), layout.pipeline)))
+    cost, largest, elements = 0, 0, 0.0
+    if is_last := stage == layout.pipeline - 1:
+        layers += Counter(mtp_kinds(setting.model) * setting.model.mtp.sets)
+    found = [(n, *one) for kind, n in layers.items() for one in layer_matrices(setting.model, kind, muon=muon)]
+    if is_last and setting.model.mtp.depths:
+        found.append((setting.model.mtp.sets, 1, setting.model.hidden, 2 * setting.model.hidden))
+    for count, matrices, rows, columns in found:
+        here = matrices // layout.expert if matrices > 1 else matrices
+        one = here * iteration_cost(rows, columns)  # the experts of a rank have one owner
+        owners = layout.expert_tensor if matrices > 1 else layout.tensor
+        elements += count * here * rows * columns / owners
+        cost, largest = cost + count * here * iteration_cost(rows, columns), max(largest, one)
+    shards = layout.data * layout.context
+    operands: Format = "bf16" if "bf16" in device.peak else "fp32"
+    peak = device.peak[operands] * device.clock * eff.gemm[device.generation][operands]
+    products = 2 * muon.iterations * max(cost / (shards * layout.tensor), largest) / peak
+    exchange = 0.0
+    for size, stride in ((shards, layout.tensor), (layout.tensor, 1)):
+        if size > 1:
+            sent = 4.0 * elements / shards * (size - 1) / size
+            exchange += 2 * (sent / _bandwidth(setting, size=size, stride=stride) + eff.hop_s * size)
+    return products + exchange
 
 
 def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low: bool = False) -> float:
@@ -131,7 +170,7 @@ def forward_seconds(setting: Setting) -> float:
     return total + sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in head.gemms)
 
 
-def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
+def _work(setting: Setting, kind: LayerKind, *, is_low: bool, scalings: Mapping[str, str] | None = None) -> LayerWork:
     return layer_work(
         kind,
         setting.model,
@@ -142,6 +181,7 @@ def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
         expert_tensor=setting.layout.expert_tensor,
         split_sequence=setting.split_sequence,
         is_low=is_low,
+        scalings=scalings,
     )
 
 
@@ -150,19 +190,33 @@ def _rank_microbatch(setting: Setting, stage: int) -> Parts:
     layout = setting.layout
     parts = Parts()
     starts = [sum(len(s) for s in setting.stages[:i]) for i in range(len(setting.stages))]
-    kinds: Counter[tuple[LayerKind, bool]] = Counter()
+    kinds: Counter[tuple[LayerKind, bool, tuple[tuple[str, str], ...]]] = Counter()
     for chunk in range(stage, len(setting.stages), layout.pipeline):
         for offset, kind in enumerate(setting.stages[chunk]):
             is_low = setting.low is not None and starts[chunk] + offset not in setting.high_precision_layers
-            kinds[kind, is_low] += 1  # type: ignore[index]
-    for (kind, is_low), count in kinds.items():
-        parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low)), times=count)
+            kinds[kind, is_low, tuple(setting.rules.get(starts[chunk] + offset, {}).items())] += 1  # type: ignore[index]
+    for (kind, is_low, scalings), count in kinds.items():
+        parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low, scalings=dict(scalings))), times=count)
     if stage == layout.pipeline - 1:
         parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
+        for work_kind, work in _depth_work(setting):
+            parts.add(_layer(setting, work_kind, work), times=setting.model.mtp.depths)
         parts["teacher"] += setting.teacher_s
     if setting.software.shards != "optimizer":
         parts.add(_gather_parameters(setting, sum(_rank_weights(setting, stage)), sum(parts.values())))
     return parts
+
+
+def _depth_work(setting: Setting) -> list[tuple[str, LayerWork]]:
+    """Work of one further depth (`model.mtp`): its projection, layers in high precision, and a pass of the head."""
+    model, tensor = setting.model, setting.layout.tensor
+    if not mtp_kinds(model):
+        return []
+    return [
+        ("head", projection_work(model, tokens=setting.tokens, tensor=tensor)),
+        *((kind, _work(setting, kind, is_low=False)) for kind in mtp_kinds(model)),
+        ("head", head_work(model, tokens=setting.tokens, tensor=tensor)),
+    ]
 
 
 def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
@@ -211,7 +265,9 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
 def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
     """Seconds of one matrix product [m, k] x [k, n] of a linear layer; of all its experts, which share the rows gemm.m."""
     eff, device = setting.efficiency, setting.device
-    operands: Format = setting.low if gemm.is_low and setting.low is not None else setting.high
+    operands: Format = setting.high
+    if gemm.is_low and setting.low is not None:
+        operands = setting.low if gemm.scaling is None else ("fp4" if gemm.scaling == "nvfp4" else "fp8")
     if operands not in device.peak:
         operands = "bf16" if "bf16" in device.peak else "fp32"
     size = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}[
@@ -248,7 +304,9 @@ def _cast_bytes(setting: Setting, gemm: Gemm) -> float:
     if not gemm.is_low or setting.low is None:
         return 0.0
     elements = gemm.m * (gemm.k + gemm.n)
-    reads = 4.0 if setting.scaling == "current" else 2.0  # current scaling reads once more, for the largest magnitude
+    reads = (
+        4.0 if (gemm.scaling or setting.scaling) == "current" else 2.0
+    )  # current scaling reads once more, for the largest magnitude
     return elements * (reads + 2.0)
 
 
@@ -300,9 +358,15 @@ def _rank_weights(setting: Setting, stage: int) -> tuple[float, float]:
             )
             total += count * work.weights
             of_experts += count * work.expert_weights
+    if stage == layout.pipeline - 1:
+        for _, work in _depth_work(setting)[:-1]:
+            total += model.mtp.sets * work.weights
+            of_experts += model.mtp.sets * work.expert_weights
     table = model.vocab * model.hidden / layout.tensor
     head = model.hidden if model.head == "scalar" else table
     first, last = stage == 0, stage == layout.pipeline - 1
+    if model.mtp.depths:  # the last stage has the embedding too
+        first = first or last
     return total + table * first + head * (last and (model.has_own_head or not first)), of_experts
 
 

@@ -3,8 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from launch.plan.cost.layer_work import LayerWork, head_work, layer_work
+from launch.plan.cost.layer_work import LayerWork, head_work, layer_work, projection_work
 from launch.plan.cost.time import Setting
+from recipes.schema.pattern import mtp_kinds
 
 
 @dataclass
@@ -52,7 +53,9 @@ def step_traffic(setting: Setting) -> StepTraffic:
     parts = {name: Traffic() for name in names}
     wire = dict.fromkeys(("tensor", "context", "expert", "pipeline", "data"), 0.0)
     per_rank = layout.microbatches_per_step / layout.pipeline  # microbatches, averaged over stages
-    for kind, count in Counter("".join(setting.stages)).items():
+    depths = setting.model.mtp.depths
+    layers = Counter("".join(setting.stages)) + Counter(mtp_kinds(setting.model) * depths)
+    for kind, count in layers.items():
         work = layer_work(
             kind,  # type: ignore[arg-type]
             setting.model,
@@ -73,13 +76,17 @@ def step_traffic(setting: Setting) -> StepTraffic:
             parts["attention scores"].flops += times * (3 + recompute) * work.score_flops
         _wire(setting, wire, work, times, recompute)
     head = head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)
-    _products(parts["head"], head, per_rank, 0.0)
-    _wire(setting, wire, head, per_rank, 0.0)
+    projection = projection_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)
+    for work, count in ((head, 1 + depths), (projection, depths)):
+        _products(parts["head"], work, per_rank * count, 0.0)
+        _wire(setting, wire, work, per_rank * count, 0.0)
     shards = layout.data * layout.context
     table = setting.model.vocab * setting.model.hidden / layout.tensor
     own_head = setting.model.hidden if setting.model.head == "scalar" else table
     weights, of_experts = table + own_head * setting.model.has_own_head, 0.0
-    for kind, count in Counter("".join(setting.stages)).items():
+    stored = Counter("".join(setting.stages)) + Counter(mtp_kinds(setting.model) * setting.model.mtp.sets)
+    weights += setting.model.mtp.sets * projection.weights
+    for kind, count in stored.items():
         work = _weights(setting, kind)
         weights += count * work.weights
         of_experts += count * work.expert_weights

@@ -177,14 +177,15 @@ def test_the_command_itself_on_two_processes(config: DataConfig, whole: dict[str
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: --task 3/3 is not a task")
 
 
-def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, str]) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_random_kills_change_nothing(count: int, config: DataConfig, whole: dict[str, str]) -> None:
     """kill -9 at random moments, then the same command again: no finished shard is made twice, the bytes are the same.
 
     Some runs use two processes, of which only the first is killed: the others have to notice.
     """
     draw = random.Random(2026)
     kills, name = 0, 0
-    while kills < 10:
+    while kills < count:
         name += 1
         other = elsewhere(config, f"killed-{name}", workers=1 + name % 2)
         folder = Path(other.folder)
@@ -194,7 +195,7 @@ def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, st
             deadline = time.monotonic() + draw.uniform(0.0, 0.5 if other.workers == 1 else 2.0)
             killed = False
             while os.waitpid(child, os.WNOHANG) == (0, 0):
-                if kills < 10 and time.monotonic() > deadline:
+                if kills < count and time.monotonic() > deadline:
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)
                     kills, killed = kills + 1, True

@@ -16,6 +16,7 @@ from media_files import (
     grey_video,
     image_bytes,
     media_config,
+    media_tokenizer,
     pixels,
     tone,
     write_jsonl,
@@ -23,14 +24,20 @@ from media_files import (
 )
 from rich.console import Console
 
+import data.media.decode as decode
 from data.batch import Batch
 from data.dataset import Dataset, open_dataset
 from data.inspect import draw_media
-from data.media.record import media_of
+from data.media.audio import log_mel, open_audio
+from data.media.encode import MediaEncoder
+from data.media.images import open_image, patches_of
+from data.media.items import AUDIO
+from data.media.record import folder_fetch, media_of
 from data.prepare import prepare
 from data.stream import Stream
+from data.tokenizer import load_tokenizer
 from data.trace import pieces_of
-from recipes.schema.data import DataConfig, MediaConfig, SourceConfig
+from recipes.schema.data import DataConfig, MediaConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
 
 QUIET = Console(quiet=True)
@@ -117,8 +124,6 @@ def test_placeholders_stand_where_media_are_spliced_and_only_text_is_learned(mad
 
 
 def test_patches_and_mels_are_those_of_the_record(made: DataConfig) -> None:
-    from data.media.audio import log_mel, open_audio
-    from data.media.images import open_image, patches_of
 
     dataset = open_dataset(made)
     rows, media = dataset.train[0], every(dataset).media
@@ -132,7 +137,9 @@ def test_patches_and_mels_are_those_of_the_record(made: DataConfig) -> None:
         assert (clip.values == log_mel(open_audio(sound(number), most_seconds=30), mels=80)).all()
         levels = [items[place].values.mean() for place in range(len(items) - 2)]
         assert np.allclose(levels, [0, 60, 120, 180] if number % 5 == 0 else [], atol=4)
-    order = np.concatenate([one.values for items in found for one in items if one.item.kind != 1])
+    shown = [dataset.locate(position).pieces for position in range(rows.count)]
+    documents = [rows.stream.document_at(piece.start) for pieces in shown for piece in pieces]
+    order = np.concatenate([one.values for document in documents for one in found[document] if one.item.kind != AUDIO])
     assert (media.patches.numpy() == order).all()
 
 
@@ -288,10 +295,11 @@ def test_every_bad_record_is_named_or_skipped_and_counted(tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=reason):
             check(record, tmp_path)
         assert name
-    write_jsonl(path, [*GOOD[:3], *(record for record, _ in BAD.values()), *GOOD[3:]])
     config = media_config(tmp_path, path, row_tokens=ROW)
+    write_jsonl(path, [*GOOD[:3], BAD["truncated jpeg"][0], *GOOD[3:]])
     with pytest.raises(DataError, match=r"a\.jsonl:4 has a part 1 \(image\) that cannot be decoded: .*truncated"):
         prepare(config, console=QUIET)
+    write_jsonl(path, [*GOOD[:3], *(record for record, _ in BAD.values()), *GOOD[3:]])
     skipping = replace(config, folder=str(tmp_path / "skip"))
     skipping = replace(skipping, sources={"media": replace(config.sources["media"], on_bad_record="skip")})
     dataset = made_of(skipping)
@@ -304,16 +312,10 @@ def test_every_bad_record_is_named_or_skipped_and_counted(tmp_path: Path) -> Non
 
 def check(record: Any, folder: Path) -> None:
     """Read and encode one record."""
-    from media_files import SPECIAL
-
-    from data.media.encode import MediaEncoder
-    from data.media.record import folder_fetch
-    from data.tokenizer import train_tokenizer
-    from recipes.schema.data import TokenizerConfig
 
     fetch = folder_fetch(folder, most_bytes=1 << 20)
     line = media_of(SourceConfig("x", kind="media"), fetch=fetch)(record)
-    tokenizer = train_tokenizer([text(1)], TokenizerConfig(vocab_size=300, special_tokens=SPECIAL))
+    tokenizer = load_tokenizer(media_tokenizer(), TokenizerConfig())
     MediaEncoder(MediaConfig(), tokenizer, row_tokens=1_000).document(line)
 
 
@@ -338,7 +340,7 @@ def test_a_record_longer_than_a_row_is_named_or_dropped(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_placeholders_is_refused(tmp_path: Path) -> None:
     config = media_config(tmp_path, write_jsonl(tmp_path / "a.jsonl", GOOD), row_tokens=ROW)
-    config = replace(config, tokenizer=replace(config.tokenizer, special_tokens={}))
+    config = replace(config, tokenizer=TokenizerConfig(vocab_size=300))
     with pytest.raises(DataError, match=r"no special token '<\|image\|>' .*data.tokenizer.special_tokens"):
         prepare(config, console=QUIET)
 
@@ -362,7 +364,6 @@ def test_a_damaged_tar_and_a_tar_without_media_are_named(tmp_path: Path) -> None
 
 
 def test_bytes_on_disk_that_no_longer_decode_are_named(made: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import data.media.decode as decode
 
     def broken(*_: Any, **__: Any) -> Any:
         raise ValueError("cannot be decoded: other library")

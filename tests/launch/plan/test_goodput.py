@@ -96,6 +96,23 @@ def test_gemini() -> None:
     assert expected_goodput(memory, Saving(often, 0.5, 10)) == pytest.approx(0.97, abs=0.01)
 
 
+@pytest.mark.parametrize("gpus", [6144, 9600, 16384])
+def test_gemini_at_published_rates_of_failures(gpus: int) -> None:
+    """Nodes fail as in the training of Llama 3 (arXiv 2407.21783): one failure every 8.2, 5.3 and 3.1 h. Copies in memory give
+    at least the 97 % of Gemini's report at each size. Storage alone gives its 85 % at the largest. Times as in `test_gemini`."""
+    mean = LLAMA_NODE_MTBF_S / (gpus / 8)
+    storage, memory = Failures(mean, 300, 420), Failures(mean, 180, 10)
+    every = Saving(best_interval(storage, stall_s=30, write_s=300), 30, 300)
+    often = Saving(60, 0.5, 10)
+    on_storage, in_memory = simulate(storage, every, count=20_000), simulate(memory, often, count=20_000)
+    assert on_storage.goodput == pytest.approx(expected_goodput(storage, every), abs=5 * on_storage.error + 1e-4)
+    assert in_memory.goodput == pytest.approx(expected_goodput(memory, often), abs=5 * in_memory.error + 1e-4)
+    assert in_memory.goodput >= 0.97
+    assert on_storage.goodput < in_memory.goodput - 0.05
+    if gpus == 16384:
+        assert on_storage.goodput == pytest.approx(0.85, abs=0.015)
+
+
 def test_millions_of_saves_between_failures_are_simulated_quickly() -> None:
     """A fast step on one small machine: 57 million saves between two failures; one by one this took days."""
     failures, saving = (

@@ -78,6 +78,34 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {**MIXED, "parallel.expert": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True},
     ),
+    "further depths, tp2 sp bf16": (
+        2,
+        {
+            "model.mtp.depths": 2,
+            "model.mtp.pattern": "*M-",
+            "parallel.tensor": 2,
+            "parallel.sequence": True,
+            "precision.params": "bf16",
+        },
+    ),
+    "further depths, pp2 tied": (2, {"model.mtp.depths": 1, "parallel.pipeline": 2, "model.tie_embeddings": True}),
+    "further depths, experts, dp2 ep2": (
+        2,
+        {**MIXED, "model.mtp.depths": 2, "model.mtp.repeated": True, "model.mtp.pattern": "*E", "parallel.expert": 2},
+    ),
+    "muon dp2": (2, {"optim.kind": "muon"}),
+    "muon tp2 sp ep2 etp2 dp2 bf16": (
+        4,
+        {
+            **MIXED,
+            "optim.kind": "muon",
+            "precision.params": "bf16",
+            "parallel.tensor": 2,
+            "parallel.sequence": True,
+            "parallel.expert": 2,
+            "parallel.expert_tensor": 2,
+        },
+    ),
     "cp2 dp2": (4, {"parallel.context": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True}),
 }
 
@@ -108,7 +136,7 @@ def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
             "weights": sum(b.param_data.numel() * b.param_data.element_size() for b in built),
             "gradients": sum(b.grad_data.numel() * b.grad_data.element_size() for b in built),
             "masters": sum(one.numel() * one.element_size() for one in masters),
-            "moments": sum(s[k].numel() * s[k].element_size() for s in moments for k in ("exp_avg", "exp_avg_sq")),
+            "moments": sum(s[k].numel() * s[k].element_size() for s in moments for k in s if k.startswith("exp_avg")),
             "activations": saved.peak,
         }
 
@@ -130,7 +158,14 @@ def test_predicted_bytes_are_the_built_models(name: str, teacher: Path) -> None:
         shard = place.data * layout.context + place.context
         in_stage = rank % (world // layout.pipeline)
         copy = in_stage // (layout.expert * layout.expert_tensor)
-        state = optimizer_state(recipe.model, **common, stage=place.pipeline, shard=shard, expert_shard=copy)
+        state = optimizer_state(
+            recipe.model,
+            **common,
+            stage=place.pipeline,
+            shard=shard,
+            expert_shard=copy,
+            muon=recipe.optim.kind == "muon",
+        )
         for what in ("weights", "gradients", "masters", "moments"):
             assert getattr(state, what) == found[what], (rank, what)
         kept, _ = stage_activations(

@@ -17,8 +17,9 @@ from slurm_rig import slurm_rig, wait_for
 
 from launch.queue import SlurmError, cancel, look_up, send_signal
 from launch.runs import RunFolder
-from launch.slurm.command import active_jobs, job_numbers, submit_run
+from launch.slurm.command import submit_run
 from launch.slurm.job_script import Job
+from launch.slurm.jobs import active_jobs, job_numbers
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[3]

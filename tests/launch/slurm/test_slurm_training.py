@@ -15,7 +15,7 @@ from texts import VOCAB, overrides_of, prepared_in, write_texts
 
 from launch.queue import look_up, send_signal
 from launch.runs import RunFolder
-from launch.slurm.command import active_jobs, job_numbers
+from launch.slurm.jobs import active_jobs, job_numbers
 from recipes.schema.run_folder import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]

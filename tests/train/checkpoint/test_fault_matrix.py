@@ -15,10 +15,11 @@ import pytest
 import torch
 from crashes import SMALL, Act, acts_of_saves, contents, train_on
 from ranks import RankFailed, run_ranks
-from tiny import engine_of, steps_of
+from tiny import engine_of, steps_of, with_fields
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
+from recipes.schema.recipe import Recipe
 from train.checkpoint import fingerprint, offline, publishing
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Piece, Reader
@@ -29,6 +30,7 @@ from train.checkpoint.saving import Snapshot
 from train.checkpoint.stale import MIN_ELEMENTS
 
 OLD, NEW = 2, 4
+MUON = {"optim.kind": "muon"}
 
 
 @pytest.fixture
@@ -230,13 +232,16 @@ def test_a_real_limit_of_the_system_is_reported(tmp_path: Path) -> None:
 
 def spoil_and_save(rank: int, folder: Path, spoil: str) -> str:
     """Save, train, corrupt the tensors in memory, save again. -> the second save's error."""
-    with engine_of(SMALL, rank=rank, world=1) as engine:
-        checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
-        steps_of(engine, SMALL, range(1))
+    recipe, spoil = (with_fields(SMALL, MUON), spoil.removesuffix(", Muon")) if "Muon" in spoil else (SMALL, spoil)
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
+        steps_of(engine, recipe, range(1))
         checkpoints.save(engine, RunState(step=1, position=4, data_hash="h"))
-        weight = next(p for p in engine.chunks[0].module.parameters() if p.numel() >= MIN_ELEMENTS and p.dim() == 2)
+        named = engine.chunks[0].module.named_parameters()
+        end = "linear_fc1.weight" if recipe is not SMALL else "embeddings.weight"
+        weight = next(p for name, p in named if p.numel() >= MIN_ELEMENTS and name.endswith(end))
         before = weight.detach().clone()
-        steps_of(engine, SMALL, range(1, 2))
+        steps_of(engine, recipe, range(1, 2))
         moments = [engine.optimizer.chained_optimizers[0].optimizer.state[p] for p in _mains(engine, weight)]
         match spoil:
             case "weight frozen":
@@ -280,33 +285,37 @@ def stale_copy(checkpoints: CheckpointFolder) -> None:
         ("weight zeroed", "was not zero at the last save and is all zero now"),
         ("moment zeroed", "exp_avg was not zero at the last save"),
         ("buffer of the save before", "differs from the model"),
+        ("weight frozen, Muon", "the fp32 weight did not change"),
+        ("moment zeroed, Muon", "exp_avg was not zero at the last save"),
         ("nothing", "saved"),
+        ("nothing, Muon", "saved"),
     ],
 )
 def test_what_training_did_not_leave_is_refused(spoil: str, said: str, tmp_path: Path) -> None:
     text = run_ranks(1, spoil_and_save, tmp_path, spoil)[0]
     assert said in text
-    assert (tmp_path / steps.name_of(2)).exists() == (spoil == "nothing")
+    assert (tmp_path / steps.name_of(2)).exists() == spoil.startswith("nothing")
     assert read_manifest(tmp_path / steps.name_of(1)).step == 1
 
 
-def train_with_no_learning_rate(rank: int, folder: Path) -> None:
+def train_with_no_learning_rate(rank: int, folder: Path, recipe: Recipe) -> None:
     from tiny import microbatches
 
     from train.record.stopwatch import Stopwatch
     from train.step import train_step
 
-    with engine_of(SMALL, rank=rank, world=1) as engine:
-        checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         for step in range(2):
-            rows = microbatches(SMALL, engine.mesh, step)
+            rows = microbatches(recipe, engine.mesh, step)
             train_step(engine, rows, step=step, learning_rate=0.0, watch=Stopwatch())
             checkpoints.save(engine, RunState(step=step + 1, position=0, data_hash="h"))
 
 
-def test_weights_that_rightly_stand_still_are_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", [{}, MUON], ids=["AdamW", "Muon"])
+def test_weights_that_rightly_stand_still_are_saved(optimizer: dict[str, str], tmp_path: Path) -> None:
     """A learning rate of zero (the first step of a warm-up): weights stay, moments move."""
-    run_ranks(1, train_with_no_learning_rate, tmp_path)
+    run_ranks(1, train_with_no_learning_rate, tmp_path, with_fields(SMALL, optimizer))
     one, two = contents(tmp_path)[1], contents(tmp_path)[2]
     assert all(one[name] == two[name] for name in one if name.startswith("model."))
     assert all(one[name] != two[name] for name in one if name.startswith("optimizer.exp_avg."))

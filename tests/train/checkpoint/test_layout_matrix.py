@@ -36,6 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {"model.pattern": "M-M*-M-M*-"},
     "mixture": MIXTURE,
     "mixture, gated": {**MIXTURE, "model.activation": "swiglu"},
+    "several tokens": {
+        "model.pattern": "M-*-",
+        "model.mtp.depths": 2,
+        "model.mtp.pattern": "*M",
+        "model.tie_embeddings": True,
+    },
+    "Muon": {**MIXTURE, "model.pattern": "ME*-", "model.activation": "swiglu", "optim.kind": "muon"},
     "attention": {"model.pattern": "*-*-*-*-", "model.activation": "swiglu", "model.tie_embeddings": True},
 }
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -151,14 +158,23 @@ def assert_within(gaps: Numbers, precision: str) -> None:
     [
         ("hybrid", "bf16", {"TP2 PP2": ["DP2", "TP2 PP2"], "DP2": ["TP2 PP2"]}),
         ("attention", "fp32", {"VP2": ["TP2"], "TP2": ["VP2"], "TP1": ["DP4"]}),
+        ("Muon", "bf16", {"DP2": ["DP2", "TP2 EP2 ETP2"], "TP2 EP2 ETP2": ["DP2"]}),
         ("hybrid", "fp8", {"CP2": ["PP2"], "PP2": ["CP2"]}),
+        ("several tokens", "fp32", {"TP1": ["TP2 PP2"], "TP2 PP2": ["CP2"]}),
         (
             "mixture, gated",
             "fp32",
             {"TP1": ["EP2", "PP2 EP2"], "EP2": ["EP2", "TP1", "TP2 EP2 ETP2"], "TP2 EP2 ETP2": ["EP2"]},
         ),
     ],
-    ids=["hybrid bf16", "attention fp32, tied", "hybrid fp8", "mixture fp32, gated"],
+    ids=[
+        "hybrid bf16",
+        "attention fp32, tied",
+        "Muon bf16",
+        "hybrid fp8",
+        "several tokens fp32, tied",
+        "mixture fp32, gated",
+    ],
 )
 def test_what_moves_to_another_layout_stays_what_it_is(
     model: str, precision: str, pairs: dict[str, list[str]], tmp_path: Path

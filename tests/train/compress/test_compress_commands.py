@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_from_a_teacher_to_the_best_of_a_search(folder: Path) -> None:
     def run(*words: str, status: int = 0) -> str:
         ((ended, text),) = run_ranks(1, shell, folder, list(words))

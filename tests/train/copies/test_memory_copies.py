@@ -321,6 +321,8 @@ def test_the_peer_is_on_another_node_in_any_order_of_ranks() -> None:
 def test_another_users_folder_is_refused(memory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     token = place.token_of(tmp_path)
     assert place.token_of(tmp_path) == token, "a run keeps its token"
+    shutil.copytree(tmp_path, memory / "copied")
+    assert place.token_of(memory / "copied") != token, "a copied folder is another run"
     opened = place.open_place(memory, token=token, run=tmp_path)
     assert opened.root.stat().st_mode & 0o777 == 0o700
     opened.root.chmod(0o755)
@@ -334,7 +336,7 @@ def test_another_users_folder_is_refused(memory: Path, tmp_path: Path, caplog: p
 
 
 def test_copies_that_no_run_needs_are_removed_by_their_owner(
-    memory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    memory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = {}
     for name in ("ended", "stopped", "deleted", "mine"):
@@ -344,8 +346,14 @@ def test_copies_that_no_run_needs_are_removed_by_their_owner(
     shutil.rmtree(tmp_path / "deleted")
     strangers = memory / "stratum-4711-0123"
     strangers.mkdir()
+    with monkeypatch.context() as inside:
+        inside.setattr(place, "this_machine", lambda: "another container")
+        theirs = place.open_place(memory, token=tokens["ended"], run=tmp_path / "ended")
+    assert theirs.root != opened.root and theirs.root.is_dir()
     with caplog.at_level(logging.WARNING):
         place.remove_orphans(memory, but=opened)
+    assert theirs.root.is_dir(), "made by another container, where this path may be another run"
+    shutil.rmtree(theirs.root)
     left = {path.name.rsplit("-", 1)[1] for path in memory.iterdir()}
     assert left == {tokens["stopped"], tokens["mine"], "0123"}
     assert "which has not ended. If it will not continue on this machine: rm -r " in caplog.text

@@ -15,6 +15,7 @@ from tiny import engine_of
 
 from recipes.schema.experts import ExpertsConfig
 from recipes.schema.model import ModelConfig
+from recipes.schema.mtp import MtpConfig
 from train.checkpoint.storage import read_weights
 from train.checkpoint.tensors import StoredTensors
 from train.hf.check import compare, load_theirs
@@ -242,6 +243,7 @@ def test_a_greedy_text_that_meets_the_end_of_text_token_is_no_disagreement(
             experts=ExpertsConfig(count=8, top_k=4, ffn=16, shared_ffn=8, groups=4, top_groups=2, latent=24),
         ),
         replace(HYBRID, pattern="*E", experts=ExpertsConfig(count=3, top_k=1, ffn=40, shared_ffn=8)),
+        replace(HYBRID, pattern="M*", mtp=MtpConfig(depths=2), tie_embeddings=True),  # transformers ignores the depths
     ],
     ids=lambda model: f"{model.pattern} {model.rope_scaling} {model.activation}",
 )

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.mtp import MtpConfig
 from recipes.schema.typed import build
 from train.hf.config import SpecialTokens, clamp_of, family_of, for_transformers, from_config, read_config, to_config
 
@@ -100,13 +101,13 @@ def test_nothing_is_read_without_being_understood() -> None:
     config = to_config(HYBRID, tokens=TOKENS, max_positions=64, dtype="float32")
     bad = config | {
         "hybrid_override_pattern": "MG*-", "mlp_hidden_act": "gelu", "use_bias": True, "sliding_window": 512,
-        "num_nextn_predict_layers": 2,
+        "num_nextn_predict_layers": 99,
     }  # fmt: skip
     del bad["n_groups"]
     with pytest.raises(RecipeError) as caught:
         from_config(bad, where="config.json")
     for part in ("no layers of kind G", "mlp_hidden_act='gelu'", "use_bias=True", "sliding_window=512", "n_groups is missing",
-                 "num_nextn_predict_layers=2"):  # fmt: skip
+                 "num_nextn_predict_layers=99"):  # fmt: skip
         assert part in str(caught.value)
     with pytest.raises(RecipeError, match=r"model_type='llama' is not supported"):
         from_config({"model_type": "llama"}, where="config.json")
@@ -195,3 +196,15 @@ def test_exported_configs_clamp_nothing() -> None:
         assert clamp_of(config) == 0.0
     published = to_config(HYBRID, tokens=TOKENS, max_positions=64, dtype="float32") | {"time_step_min": 0.001}
     assert clamp_of(published) == 0.001
+
+
+def test_further_depths_come_back_from_a_config() -> None:
+    model = replace(HYBRID, mtp=MtpConfig(depths=2, pattern="*-"))
+    config = to_config(model, tokens=TOKENS, max_positions=64, dtype="float32")
+    assert (config["num_nextn_predict_layers"], config["mtp_hybrid_override_pattern"]) == (2, "*-")
+    assert from_config(config, where="x") == model
+    kinds = {**config, "mtp_layers_block_type": ["attention", "mlp"]}
+    del kinds["mtp_hybrid_override_pattern"]
+    assert from_config(kinds, where="x") == model
+    with pytest.raises(RecipeError, match="num_nextn_predict_layers=-1"):
+        from_config({**config, "num_nextn_predict_layers": -1}, where="x")

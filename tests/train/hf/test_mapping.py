@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.model import ModelConfig
+from recipes.schema.mtp import MtpConfig
 from recipes.schema.typed import build
 from train.hf.config import family_of
 from train.hf.mapping import Pair, pairs, to_ours, to_theirs
@@ -104,3 +106,21 @@ def test_padding_of_the_vocabulary_is_never_the_most_likely() -> None:
 def test_a_larger_vocabulary_than_ours_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"model\.vocab=256 is smaller than the vocabulary of 300"):
         pairs(FAMILIES["gemma2"], "gemma2", vocab=300)
+
+
+def test_further_depths_have_the_names_of_nemotron_3_supers_files() -> None:
+    """Names as vLLM, TensorRT-LLM and others read them from nvidia/NVIDIA-Nemotron-3-Super-120B-A12B (pattern `*E`, one set)."""
+    experts = ExpertsConfig(count=2, top_k=1, ffn=4, shared_ffn=4, latent=3)
+    model = replace(
+        FAMILIES["nemotron_h"], pattern="M", experts=experts, mtp=MtpConfig(depths=2, pattern="*E", repeated=True)
+    )
+    found = {name for pair in pairs(model, "nemotron_h") for name in pair.theirs if name.startswith("mtp.")}
+    mixer = "mtp.layers.1.mixer."
+    assert found == {
+        *(f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "norm")),
+        *(f"mtp.layers.0.mixer.{name}_proj.weight" for name in "qkvo"),
+        "mtp.layers.1.norm.weight", "mtp.layers.1.final_layernorm.weight",
+        f"{mixer}gate.weight", f"{mixer}gate.e_score_correction_bias",
+        f"{mixer}fc1_latent_proj.weight", f"{mixer}fc2_latent_proj.weight",
+        *(f"{mixer}{part}.{way}_proj.weight" for part in ("experts.0", "experts.1", "shared_experts") for way in ("up", "down")),
+    }  # fmt: skip

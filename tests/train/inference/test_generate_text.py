@@ -12,6 +12,7 @@ from ranks import run_ranks
 from shards import random_documents, write_folder
 
 from recipes.schema.errors import CheckpointError, DataError, StratumError
+from recipes.schema.mtp import MtpConfig
 from recipes.schema.tools import GenerateConfig
 from train.inference.text import generate_records, read_prompts, stream_text
 from train.run import train
@@ -20,7 +21,8 @@ from train.run import train
 def texts(rank: int, folder: Path) -> dict[str, Any]:
     """Train six steps, then generate in every way."""
     os.chdir(folder)
-    recipe = recipe_in(folder, steps_=6)
+    plain = recipe_in(folder, steps_=6)
+    recipe = replace(plain, model=replace(plain.model, mtp=MtpConfig(depths=2)))
     found: dict[str, Any] = {}
     try:
         "".join(stream_text(recipe, GenerateConfig()))
@@ -39,7 +41,11 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     write_folder(folder / "other", {"a": [random_documents(9, seed=1)]}, vocab=270)
     other = replace(recipe, data=replace(recipe.data, folder=str(folder / "other")))
     one = replace(config, prompt="c", prompts=None, n=1)
-    for name, read, asked in (("tokenizer", other, one), ("beyond memory", recipe, replace(one, tokens=10**15))):
+    for name, read, asked in (
+        ("tokenizer", other, one),
+        ("beyond memory", recipe, replace(one, tokens=10**15)),
+        ("no depths", plain, replace(one, speculate="mtp")),
+    ):
         try:
             "".join(stream_text(read, asked))
         except StratumError as error:
@@ -54,7 +60,7 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
         except StratumError as error:
             found[name] = str(error)
     greedy = replace(config, temperature=0.0, tokens=30)
-    for speculate in (None, "lookup", str(Path(recipe.run.folder) / recipe.run.name)):
+    for speculate in (None, "lookup", "mtp", str(Path(recipe.run.folder) / recipe.run.name)):
         one = replace(greedy, speculate=speculate, draft_tokens=speculate and 3)
         found.setdefault("speculated", []).append(list(generate_records(recipe, one)))
     found["single"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
@@ -66,6 +72,7 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
     assert "contains no checkpoint" in found["untrained"]
     assert "The longest that fits has " in found["beyond memory"]
     assert "was trained with another tokenizer" in found["tokenizer"]
+    assert "--speculate mtp needs a model with further depths, but model.mtp.depths=0." in found["no depths"]
     records = found["records"]
     assert [(record["prompt"], record["sample"]) for record in records] == [
         ("ab\n", 0),

@@ -59,8 +59,14 @@ class Trial:
             self.step,
             rows,
             before_update=lambda: None,
-            train=lambda before: train_step(
-                self.engine, rows, step=self.step - 1, learning_rate=1e-3, watch=Stopwatch(), before_update=before
+            train=lambda before, after: train_step(
+                self.engine,
+                rows,
+                step=self.step - 1,
+                learning_rate=1e-3,
+                watch=Stopwatch(),
+                before_update=before,
+                after_reduction=after,
             ),
         )
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.mtp import MtpConfig
 from recipes.schema.pattern import (
     balanced_ranges,
     counts,
@@ -115,6 +116,23 @@ def test_nemotron_3_nano_activates_what_its_report_says() -> None:
     assert [round(n / 1e9, 1) for n in (count.total, count.active, count.active - count.embedding)] == [31.6, 3.6, 3.2]
     # One expert has two matrices of 2,688 x 1,856; 122 of 128 are idle.
     assert count.idle == 23 * 122 * 2 * 2688 * 1856
+
+
+def test_nemotron_3_super_activates_what_its_report_says() -> None:
+    """120.6B parameters, 12.7B active, 12.1B of them without the embedding. It does not count the routers."""
+    mtp = MtpConfig(depths=2, pattern="*E", repeated=True)
+    model = replace(published("nemotron3_super_120b_a12b"), mtp=mtp)
+    count, layers = parameters(model), counts(model.pattern)
+    assert (layers["M"], layers["E"], layers["*"]) == (40, 40, 8)
+    routers = 40 * 512 * 4096
+    # Of an expert layer: 512 experts of two matrices 1,024 x 2,688, the shared one, both latent projections, router, norm.
+    each = 512 * 2 * 1024 * 2688 + 2 * 4096 * 5376 + 2 * 4096 * 1024 + 512 * 4096 + 4096
+    assert count.experts == 40 * each and count.idle == 40 * 490 * 2 * 1024 * 2688
+    attention = 2 * 4096 * 128 * (32 + 2) + 4096
+    assert count.mtp == 2 * 4096 * 4096 + 3 * 4096 + attention + each
+    assert count.total - count.mtp == 120_668_687_360
+    found = (count.total - count.mtp, count.active, count.active - count.embedding)
+    assert [round((n - routers) / 1e9, 1) for n in found] == [120.6, 12.7, 12.1]
 
 
 def test_parts_of_the_12b() -> None:

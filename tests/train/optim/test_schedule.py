@@ -67,6 +67,22 @@ def test_cosine_equals_torch() -> None:
     assert ours[-1] == final
 
 
+def test_linear_equals_torch() -> None:
+    steps, warmup, final = 50, 7, 0.1
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=final, total_iters=steps - warmup
+    )
+    expected = []
+    for _ in range(steps - warmup + 1):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    ours = factors(ScheduleConfig(kind="linear", warmup=warmup, final_fraction=final), steps)
+    assert ours[warmup - 1 :] == pytest.approx(expected, abs=1e-12)
+    assert ours[-1] == final
+
+
 def test_wsd_cosine_is_half_way_at_half_time() -> None:
     schedule = ScheduleConfig(kind="wsd", decay=10, decay_shape="cosine", final_fraction=0.0)
     assert factors(schedule, 20)[14] == pytest.approx(0.5)
@@ -111,7 +127,12 @@ shapes = st.sampled_from(["linear", "cosine", "minus_sqrt", "exponential"])
 phases = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40)).filter(lambda p: sum(p) > 0)
 
 
-@given(kind=st.sampled_from(["wsd", "cosine", "constant"]), shape=shapes, phase=phases, final=st.floats(0.001, 1.0))
+@given(
+    kind=st.sampled_from(["wsd", "cosine", "linear", "constant"]),
+    shape=shapes,
+    phase=phases,
+    final=st.floats(0.001, 1.0),
+)
 def test_rises_then_never_rises_again_and_ends_exactly(
     kind: Any, shape: Any, phase: tuple[int, int, int], final: float
 ) -> None:
@@ -127,7 +148,7 @@ def test_rises_then_never_rises_again_and_ends_exactly(
     rise, rest = values[:warmup], values[max(warmup - 1, 0) :]
     assert rise == sorted(set(rise)) and (not rise or rise[-1] == 1.0)
     assert all(b <= a + 1e-15 for a, b in pairwise(rest))
-    if (kind == "wsd" and decay) or (kind == "cosine" and steps > warmup):
+    if (kind == "wsd" and decay) or (kind in ("cosine", "linear") and steps > warmup):
         assert values[-1] == final
 
 

@@ -188,3 +188,22 @@ def test_weights_and_biases_synchronised_later_has_each_point_once(tmp_path: Pat
         assert len(server.runs) == 1, done.stdout + done.stderr
         (points,) = served(server).values()
     assert [(step, value) for _, step, value in points] == [(step, loss_of(step, 0.1)) for step in range(1, 25)]
+
+
+@pytest.mark.oracle
+def test_a_run_that_changes_between_online_and_offline_has_each_point_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "mine"
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.delenv("WANDB_MODE")
+        for mode, first, last in (("offline", 0, 6), ("online", 4, 12), ("offline", 9, 18), ("online", 14, 22)):
+            start(folder, first=first, last=last, telemetry={"wandb": mode})
+        offline = sorted(str(path) for path in (folder / "wandb").glob("offline-run-*"))
+        command = [sys.executable, "-m", "wandb", "sync", *offline]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (points,) = served(server).values()
+    assert sorted((step, value) for _, step, value in points) == [(step, loss_of(step, 0.1)) for step in range(1, 23)]

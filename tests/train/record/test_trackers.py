@@ -234,7 +234,12 @@ def test_running_goodput_is_the_goodput_of_the_whole_record() -> None:
         step = draw.randrange(step + 1)
         for _ in range(draw.randrange(1, 12)):
             step += 1
-            parts = {"data": draw.random(), "forward": draw.random()}
+            parts = {
+                "data": draw.random(),
+                "forward": draw.random(),
+                "staging": draw.random(),
+                "optimizer": draw.random(),
+            }
             now += sum(parts.values()) + draw.random()
             lines.append({"kind": "step", "step": step, "seconds": parts, "time": now})
             if draw.random() < 0.2:

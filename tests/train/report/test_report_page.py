@@ -93,7 +93,7 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
                 "margin",
                 "goodput",
                 "Low precision",
-                "stopped or starting",
+                "stopped",
                 "To be <script>",
                 "Abacus 2000",
                 "aten::mm",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.system import disk
+from launch.starts import starts_of
 from recipes.schema.changes import differences
 from recipes.schema.foreign import read_json
 from recipes.schema.run_folder import METRICS, Line, read_metrics
@@ -159,7 +160,8 @@ class Follower:
 
     def _earlier(self) -> list[Line]:
         path = self._folder / METRICS
-        return read_metrics(path, first_bytes=self._earlier_bytes) if self._earlier_bytes else []
+        first = starts_of(self._folder)[:1]  # when the run's time began
+        return [*first, *(read_metrics(path, first_bytes=self._earlier_bytes) if self._earlier_bytes else [])]
 
 
 _LATER = "The next start of the run sends what is missing."

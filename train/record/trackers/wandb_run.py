@@ -4,6 +4,9 @@ wandb 0.31 keeps points apart only by its own step (`log(step=)`), drops steps t
 run of the same id is opened with resume="allow". So no point is sent twice: online the server says which step it has, offline the
 files in the run's folder do. A killed process loses the end of its file (and online what it has not uploaded); it is sent again
 from metrics.jsonl.
+
+A run may change from one mode to the other. Online, steps in offline files count as sent, because `wandb sync` uploads them and
+the server would append them again. Offline, steps in the files that W&B keeps of online runs count as well.
 """
 
 import os
@@ -30,7 +33,9 @@ class WeightsAndBiases:
         import wandb  # optional package
 
         sys.argv = [without_credentials(word) for word in sys.argv]  # W&B stores the command line
-        stored = max(steps_in_files(run.folder, run.key), default=-1) if mode == "offline" else -1
+        stored = max(steps_in_files(run.folder, run.key), default=-1)
+        if mode == "offline":
+            stored = max(stored, *steps_in_files(run.folder, run.key, kind="run"), -1)
         self._run = wandb.init(
             project=project,
             name=run.name,
@@ -43,7 +48,7 @@ class WeightsAndBiases:
             # Never prompt on the terminal, never wait without a limit, and do not capture our output.
             settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=30, finish_timeout=60),
         )
-        self.last_step = stored if mode == "offline" else self._run.starting_step - 1
+        self.last_step = stored if mode == "offline" else max(stored, self._run.starting_step - 1)
         # The server counts points of runs that it continues from an offline folder itself, so our step is the axis to look at.
         self._run.define_metric("*", step_metric="step")
 
@@ -55,10 +60,10 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def steps_in_files(folder: Path, key: str) -> Iterator[int]:
-    """The steps in the offline files of a run. Files that a kill has cut off are mended, because `wandb sync` sends nothing of
-    several files if one of them has no record."""
-    for path in sorted((folder / "wandb").glob(f"offline-run-*/run-{key}.wandb")):
+def steps_in_files(folder: Path, key: str, *, kind: Literal["offline-run", "run"] = "offline-run") -> Iterator[int]:
+    """The steps in W&B's files of a run. kind: of offline or of online starts. Offline files that a kill has cut off are mended,
+    because `wandb sync` sends nothing of several files if one of them has no record."""
+    for path in sorted((folder / "wandb").glob(f"{kind}-*/run-{key}.wandb")):
         from wandb.proto.wandb_internal_pb2 import Record  # optional package
 
         readable = 0
@@ -67,6 +72,8 @@ def steps_in_files(folder: Path, key: str) -> Iterator[int]:
             record = Record.FromString(content)
             if record.WhichOneof("record_type") == "history":
                 yield record.history.step.num
+        if kind == "run":
+            continue
         if readable == 0:
             shutil.rmtree(path.parent)
         elif readable < path.stat().st_size:
