@@ -18,10 +18,11 @@ STOREYS = (
     # recipes
     ("recipes", "recipes.schema"),
     # data
-    ("data", "data.system", "data.chat.record"),
+    ("data", "data.system", "data.chat.record", "data.media.record"),
     ("data.chat.preferences",),
     ("data.native", "data.bucket", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.chat",),
+    ("data.media",),
     ("data.rows", "data.make"),
     ("data.prepared",),
     ("data.dataset", "data.prepare"),
