@@ -5,14 +5,61 @@ torch takes seconds to import. `stratum inspect` and `stratum trace` make no bat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """The media of some rows, each kind one after the other without padding, in the order of rows and slots."""
+
+    patches: torch.Tensor
+    """[patches of all images, patch x patch x 3] uint8, an image's row by row. A frame of a video is an image."""
+    grids: torch.Tensor
+    """[images, 2] int64: rows and columns of patches."""
+    image_rows: torch.Tensor
+    """[images] int64: the row of the batch that shows it."""
+    image_slots: torch.Tensor
+    """[images] int64: index in `tokens` of its first placeholder. Those of its other patches follow."""
+    mels: torch.Tensor
+    """[frames of all clips, mels] float32: log-mel frames of 10 ms."""
+    clip_frames: torch.Tensor
+    """[clips] int64"""
+    clip_rows: torch.Tensor
+    """[clips] int64: the row of the batch that plays it."""
+    clip_slots: torch.Tensor
+    """[clips] int64: index in `tokens` of its first placeholder. `data.media.audio_stride` frames have one."""
+
+    def select(self, rows: Sequence[int]) -> MediaBatch:
+        """The media of some rows, in the given order. A row may occur twice."""
+        import torch  # takes seconds: see above
+
+        patches = self.patches.split((self.grids[:, 0] * self.grids[:, 1]).tolist())
+        mels = self.mels.split(self.clip_frames.tolist())
+        images = [(new, int(at)) for new, old in enumerate(rows) for at in (self.image_rows == old).nonzero()]
+        clips = [(new, int(at)) for new, old in enumerate(rows) for at in (self.clip_rows == old).nonzero()]
+        image_at = torch.tensor([at for _, at in images], dtype=torch.int64)
+        clip_at = torch.tensor([at for _, at in clips], dtype=torch.int64)
+        return MediaBatch(
+            patches=torch.cat([self.patches[:0], *(patches[at] for _, at in images)]),
+            grids=self.grids[image_at],
+            image_rows=torch.tensor([new for new, _ in images], dtype=torch.int64),
+            image_slots=self.image_slots[image_at],
+            mels=torch.cat([self.mels[:0], *(mels[at] for _, at in clips)]),
+            clip_frames=self.clip_frames[clip_at],
+            clip_rows=torch.tensor([new for new, _ in clips], dtype=torch.int64),
+            clip_slots=self.clip_slots[clip_at],
+        )
+
+    def pinned(self) -> MediaBatch:
+        """A copy in page-locked memory."""
+        return MediaBatch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -40,6 +87,8 @@ class Batch:
     groups: torch.Tensor | None = None
     """[rows, most documents] int32: index, in its row, of the preference that each document belongs to, increasing from 0; -1:
     no such document. All answers of a preference are in one row, best first."""
+    media: MediaBatch | None = None
+    """Images and audio of the rows. None if the data has no sources of media."""
     reference: torch.Tensor | None = None
     """[rows, most documents] float64: log-probability of each answer under the reference of DPO, set by the trainer."""
     per_microbatch: Callable[[], tuple[float, ...]] | None = None
@@ -60,12 +109,13 @@ class Batch:
             learned=None if self.learned is None else self.learned[index],
             ranks=None if self.ranks is None else self.ranks[index],
             groups=None if self.groups is None else self.groups[index],
+            media=None if self.media is None else self.media.select(index.tolist()),
             reference=None if self.reference is None else self.reference[index],
             per_microbatch=self.per_microbatch,
         )
 
     def part(self, start: int, stop: int) -> Batch:
-        """Rows start to stop, as views of the same memory."""
+        """Rows start to stop, as views of the same memory, except media."""
         return Batch(
             tokens=self.tokens[start:stop],
             labels=self.labels[start:stop],
@@ -75,6 +125,7 @@ class Batch:
             learned=None if self.learned is None else self.learned[start:stop],
             ranks=None if self.ranks is None else self.ranks[start:stop],
             groups=None if self.groups is None else self.groups[start:stop],
+            media=None if self.media is None else self.media.select(range(start, stop)),
             reference=None if self.reference is None else self.reference[start:stop],
             per_microbatch=self.per_microbatch,
         )
@@ -90,6 +141,7 @@ class Batch:
             learned=None if self.learned is None else self.learned.pin_memory(),
             ranks=None if self.ranks is None else self.ranks.pin_memory(),
             groups=None if self.groups is None else self.groups.pin_memory(),
+            media=None if self.media is None else self.media.pinned(),
             reference=None if self.reference is None else self.reference.pin_memory(),
             per_microbatch=self.per_microbatch,
         )

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batch import Batch
+from data.batch import Batch, MediaBatch
+from data.media.items import AUDIO
 from data.order.blend import Blend, blend_of
 from data.order.left_out import LeftOut
 from data.prepared import identity_of, row_problems, source_problems, tokenizer_of
 from data.rows.batch_memory import BatchArrays, read_batch
 from data.rows.fim import Fim, build_fim, fold_key
+from data.rows.media_rows import MediaRows
 from data.rows.packing import Piece, Rows
 from data.rows.read_ahead import FetchAhead
 from data.rows.reader import ShardPool, TokenStream
@@ -29,7 +31,7 @@ from data.store.verify import Verifier
 from data.tokenizer import Tokenizer
 from recipes.schema import units
 from recipes.schema.credentials import without_credentials
-from recipes.schema.data import DataConfig
+from recipes.schema.data import DataConfig, MediaConfig
 from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import DataError, refuse
 
@@ -69,6 +71,8 @@ class Dataset:
     """Folder of the files, or of local copies of remote ones."""
     find: Callable[[ShardEntry, str], Path]
     """find(entry, suffix): the local, verified file of a shard."""
+    media: MediaConfig
+    """What images, audio and video are in a row, if there are sources of them."""
     remote: RemoteFolder | None = None
     """The remote folder of the shards. None if they are local."""
 
@@ -122,13 +126,11 @@ class Dataset:
 
     def origin(self, stream: TokenStream, document: int) -> Origin:
         """File and record that a document of a source's stream came from."""
-        which, local = stream.entry_of(document)
-        return self.origins(stream.entries[which]).of(local)
+        return _origin(self.folder, self.find, stream, document)
 
     def origins(self, entry: ShardEntry) -> Origins:
         """Origins of a shard's documents."""
-        file = self.find(entry, "origins") if "origins" in entry.files else None
-        return read_origins(self.folder, entry, file=file)
+        return _origins(self.folder, self.find, entry)
 
     def _read(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> BatchArrays:
         return read_batch(
@@ -147,6 +149,8 @@ class Dataset:
         import torch  # takes seconds, and `stratum inspect` and `stratum trace` make no batches
 
         learned, ranked = self._learned(parts, source, row), _ranked(parts, source, row)
+        with self.activity.of("decoding media"):
+            media = _media(parts, source, row)
         return Batch(
             tokens=torch.from_numpy(arrays.tokens),
             labels=torch.from_numpy(arrays.labels),
@@ -156,6 +160,7 @@ class Dataset:
             learned=None if learned is None else torch.from_numpy(learned),
             ranks=None if ranked is None else torch.from_numpy(ranked[0]),
             groups=None if ranked is None else torch.from_numpy(ranked[1]),
+            media=media,
         )
 
     def _learned(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> np.ndarray | None:
@@ -198,6 +203,15 @@ class Dataset:
             slot = stop
 
 
+def _origins(folder: Path, find: Callable[[ShardEntry, str], Path], entry: ShardEntry) -> Origins:
+    return read_origins(folder, entry, file=find(entry, "origins") if "origins" in entry.files else None)
+
+
+def _origin(folder: Path, find: Callable[[ShardEntry, str], Path], stream: TokenStream, document: int) -> Origin:
+    which, local = stream.entry_of(document)
+    return _origins(folder, find, stream.entries[which]).of(local)
+
+
 def _ranked(parts: list[Rows], source: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """(ranks, groups) of the rows' answers, as in a `Batch`; None if the data has no preferences."""
     if not any(part.has_ranks for part in parts):
@@ -209,6 +223,31 @@ def _ranked(parts: list[Rows], source: np.ndarray, row: np.ndarray) -> tuple[np.
         ranks[place, : len(answers)] = answers[:, 0]
         groups[place, : len(answers)] = answers[:, 1].cumsum(dtype=np.int32) - 1
     return ranks, groups
+
+
+def _media(parts: list[Rows], source: np.ndarray, row: np.ndarray) -> MediaBatch | None:
+    """The media of the rows, decoded; None if no source has media. Memory: what is returned, and one medium at its full size."""
+    if (config := next((part.media.config for part in parts if part.media is not None), None)) is None:
+        return None
+    import torch  # as in `Dataset`: start-up
+
+    places = enumerate(zip(source.tolist(), row.tolist(), strict=True))
+    found = [(place, slot, one) for place, (which, number) in places for slot, one in parts[which].media_in(number)]
+    images = [entry for entry in found if entry[2].item.kind != AUDIO]
+    clips = [entry for entry in found if entry[2].item.kind == AUDIO]
+    no_patches = np.empty((0, 3 * config.patch**2), dtype=np.uint8)
+    no_mels = np.empty((0, config.mels), dtype=np.float32)
+    grids = [[one.item.rows, one.item.columns] for *_, one in images]
+    return MediaBatch(
+        patches=torch.from_numpy(np.concatenate([no_patches, *(one.values for *_, one in images)])),
+        grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
+        image_rows=torch.tensor([place for place, *_ in images], dtype=torch.int64),
+        image_slots=torch.tensor([slot for _, slot, _ in images], dtype=torch.int64),
+        mels=torch.from_numpy(np.concatenate([no_mels, *(one.values for *_, one in clips)])),
+        clip_frames=torch.tensor([one.item.rows for *_, one in clips], dtype=torch.int64),
+        clip_rows=torch.tensor([place for place, *_ in clips], dtype=torch.int64),
+        clip_slots=torch.tensor([slot for _, slot, _ in clips], dtype=torch.int64),
+    )
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -257,6 +296,10 @@ def open_dataset(config: DataConfig) -> Dataset:
                 for suffix in entry.token_files
             }.items()
         )
+
+    def origin_in(stream: TokenStream, document: int) -> Origin:
+        return _origin(folder, find, stream, document)
+
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     for name in names:
         for split, rows in parts.items():
@@ -265,6 +308,13 @@ def open_dataset(config: DataConfig) -> Dataset:
             masks = [found for entry in entries if (found := entry.mask) is not None]
             mask = None
             ranked = [found for entry in entries if (found := entry.ranks) is not None]
+            items = [found for entry in entries if (found := entry.items) is not None]
+            files = [found for entry in entries if (found := entry.media) is not None]
+            media = None
+            if items:
+                if len(items) != len(entries):
+                    raise DataError(f"source {name!r} has shards with and without media. Prepare the data again.")
+                media = MediaRows(stream, TokenStream(items, pool), TokenStream(files, pool), config.media, origin_in)
             if masks:
                 mask = Rows(TokenStream(masks, pool), row_tokens=config.row_tokens, eod=0, best_fit=False)
             # Chats and preferences were packed when they were prepared.
@@ -278,6 +328,7 @@ def open_dataset(config: DataConfig) -> Dataset:
                     sources=len(names),
                     mask=mask,
                     ranks=TokenStream(ranked, pool) if ranked else None,
+                    media=media,
                 )
             )
     refuse(row_problems(config, manifest), DataError)
@@ -298,6 +349,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         activity=activity,
         folder=folder,
         find=find,
+        media=config.media,
         remote=remote,
     )
 

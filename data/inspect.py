@@ -12,14 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from data.dataset import Dataset, open_dataset
+from data.media.decode import Decoded
+from data.media.images import image_of
+from data.media.items import AUDIO, seen_size
 from data.order.left_out import left_out_by_run
 from data.rows.packing import STRETCH_ROWS, Rows, best_fit
 from data.store.cache import is_remote
-from data.store.manifest import SPLITS, read_manifest
+from data.store.manifest import DESCRIBED, SPLITS, read_manifest
 from data.store.verify import Verifier
 from data.system.console import open_console, progress
 from data.system.figure import MUTED, SERIES, canvas
 from data.tokenizer import Tokenizer
+from recipes.schema import units
 from recipes.schema.command import section
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
@@ -31,6 +35,7 @@ from recipes.schema.typed import build
 
 _MOST_SHARDS = 32
 """Document lengths are read from at most this many shards of a source, evenly spread."""
+_THUMBNAILS_A_LINE, _MOST_THUMBNAILS = 8, 64
 _MOST_STRETCHES = 16
 """Cut documents are counted in at most this many stretches of a source, evenly spread."""
 
@@ -76,8 +81,11 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
     trained = [(n, rows) for n, rows in zip(dataset.source_names, dataset.train, strict=True) if rows.count]
     lengths = {name: lengths_of(rows) for name, rows in trained}
     console.print(_counts(dataset))
-    if (chats := _chat_table(dataset)) is not None:
-        console.print(chats)
+    for what in DESCRIBED.values():
+        if (learned := _chat_table(dataset, what)) is not None:
+            console.print(learned)
+    if (media := _media_table(dataset)) is not None:
+        console.print(media)
     console.print(_lengths_table(lengths))
     global_rows = int(composed.run.global_rows)
     console.print(_rows_table(dataset, data, steps=int(composed.run.steps), total_rows=total_rows))
@@ -89,6 +97,9 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
         console.print(f"Training with this recipe would be refused: {error}", style="bold")
     if config.samples:
         _samples(dataset, config, console)
+    thumbnails = dataset.folder / "media.png"
+    if drawn := draw_media(dataset, thumbnails, documents=max(config.samples, _THUMBNAILS_A_LINE)):
+        console.print(f"Thumbnails of {drawn:,} media: {printable(str(thumbnails))}")
     picture = Path(config.picture) if config.picture else dataset.folder / "lengths.png"
     draw(lengths, picture, row_tokens=data.row_tokens)
     console.print(f"Document lengths: {printable(str(picture))}")
@@ -224,13 +235,10 @@ def coloured(tokenizer: Tokenizer, tokens: np.ndarray, learned: np.ndarray, *, c
     return text
 
 
-def _chat_table(dataset: Dataset) -> Table | None:
-    """How many tokens of chats or preferences are learned; None without them. A run has only one of both."""
+def _chat_table(dataset: Dataset, what: str) -> Table | None:
+    """How many tokens are learned of sources of a kind (`store.manifest.DESCRIBED`); None without them."""
     sources = dataset.manifest.sources
-    what = next(
-        (w for w in ("chats", "preferences") for n in dataset.source_names if w in sources[n].description), None
-    )
-    if what is None:
+    if not any(what in sources[name].description for name in dataset.source_names):
         return None
     counted = ["preferences", "pairs"] if what == "preferences" else []
     heads = [*counted, "learned", "of all", "fill up rows", "of all", "left out, longer than a row"]
@@ -245,6 +253,49 @@ def _chat_table(dataset: Dataset) -> Table | None:
                 f"{counts['padding'] / every:.1%}", f"{description['long_records']:,}" if split == "train" else "",
             )  # fmt: skip
     return table
+
+
+def _media_table(dataset: Dataset) -> Table | None:
+    """How many media the sources have; None without them."""
+    counted = {
+        (name, split): counts
+        for name in dataset.source_names
+        for split, counts in dataset.manifest.sources[name].description.get("media", {}).items()
+    }
+    if not counted:
+        return None
+    heads = ["images", "clips of audio", "frames of video", "different files", "bytes"]
+    table = _table("media, before they are decoded", "source", "split", *heads)
+    for (name, split), counts in counted.items():
+        shown = [f"{counts[key]:,}" for key in ("images", "clips", "frames", "files")]
+        table.add_row(name, split, *shown, units.size(counts["media_bytes"]))
+    return table
+
+
+def draw_media(dataset: Dataset, path: Path, *, documents: int) -> int:
+    """Draw the media of some documents of each source, evenly spread, as the model gets them. -> number of media drawn."""
+    shown: list[tuple[str, Decoded]] = []
+    for name, train, heldout in zip(dataset.source_names, dataset.train, dataset.heldout, strict=True):
+        rows = train if train.count else heldout
+        if rows.media is None or not rows.stream.documents:
+            continue
+        chosen = np.unique(np.linspace(0, rows.stream.documents - 1, documents).astype(int))
+        shown += [(f"{name} {d:,}", one) for d in chosen.tolist() for one in rows.media.decoded_items(d)]
+    shown = shown[:_MOST_THUMBNAILS]
+    if shown:
+        lines = -(-len(shown) // _THUMBNAILS_A_LINE)
+        with canvas(path, size=(1.3 * _THUMBNAILS_A_LINE, 1.5 * lines)) as figure:
+            panels = figure.subplots(lines, _THUMBNAILS_A_LINE, squeeze=False).reshape(-1)
+            for axes in panels:
+                axes.set_axis_off()
+            for axes, (label, one) in zip(panels, shown, strict=False):
+                axes.set_title(f"{label}\n{seen_size(one.item)}", fontsize=5, fontweight="normal")
+                if one.item.kind == AUDIO:
+                    axes.imshow(one.values.T, origin="lower", aspect="auto")
+                else:
+                    grid = one.item.rows, one.item.columns
+                    axes.imshow(np.asarray(image_of(one.values, grid, patch=dataset.media.patch)))
+    return len(shown)
 
 
 def _verify(data: DataConfig, console: Console) -> None:

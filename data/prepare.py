@@ -28,9 +28,11 @@ from data.make.lock import prepare_lock
 from data.make.pool import make_shards
 from data.make.progress import Display
 from data.make.shard_job import ShardJob, read_results, with_splits
+from data.media.record import media_words_of
 from data.sources.files import find_files, is_remote
 from data.sources.sets import is_set
 from data.store.manifest import (
+    DESCRIBED,
     MANIFEST,
     SPLITS,
     Manifest,
@@ -50,6 +52,12 @@ from recipes.schema.errors import DataError, refuse
 from recipes.schema.foreign import printable
 from recipes.schema.options import hand_over
 from recipes.schema.typed import build
+
+_COUNTED = {
+    "preference": ("groups", "pairs"),
+    "media": ("images", "clips", "frames", "files", "media_bytes"),
+}
+"""By kind of source: counts of a split in the manifest, besides `learned` and `padding`."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,7 @@ def jobs_of(config: DataConfig, plan: FolderPlan) -> list[ShardJob]:
             fraction=config.heldout_of(name),
             shard_bytes=config.shard_bytes,
             chat=config.chat,
+            media=config.media,
             row_tokens=config.row_tokens,
         )
         for name, source in plan.sources.items()
@@ -201,8 +210,13 @@ def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
             for part in job.parts if job.name == name else []:
                 for text in with_splits(job, reader.documents(part)) if left > 0 else ():
                     if text.split == "train":
-                        left -= text.bytes
-                        yield words_of(text.document.text) if job.has_messages else text.document.text
+                        words = text.document.text
+                        if job.source.kind == "media":
+                            words = media_words_of(words)
+                        elif job.has_messages:
+                            words = words_of(words)
+                        left -= len(words.encode()) if job.source.kind == "media" else text.bytes
+                        yield words
                     if left <= 0:
                         break
 
@@ -317,9 +331,10 @@ def _merge_source(
     problems: list[str] = []
     unended = unknown = long_records = 0
     chats: dict[str, dict[str, int]] = {}
-    is_preference = plan.request["sources"][name].get("kind") == "preference"
-    what = "preferences" if is_preference else "chats"
-    wanted = ("learned", "padding", "groups", "pairs") if is_preference else ("learned", "padding")
+    kind = plan.request["sources"][name].get("kind", "text")
+    is_preference = kind == "preference"
+    what = DESCRIBED.get(kind, "chats")
+    wanted = ("learned", "padding", *_COUNTED.get(kind, ()))
     for job in jobs:
         if job.name != name:
             continue
@@ -356,7 +371,15 @@ def _merge_source(
         _say(
             console,
             f"{name}: {train['learned']:,} tokens are learned ({train['learned'] / all_tokens:.1%}), {train['padding']:,} "
-            f"fill up rows ({train['padding'] / all_tokens:.1%}); {long_records:,} {what} left out, longer than a row",
+            f"fill up rows ({train['padding'] / all_tokens:.1%}); {long_records:,} {'records' if kind == 'media' else what} left "
+            f"out, longer than a row",
+        )
+    if kind == "media":
+        found = {key: sum(counts[key] for counts in chats.values()) for key in _COUNTED["media"]}
+        _say(
+            console,
+            f"{name}: {found['images']:,} images, {found['clips']:,} clips of audio, {found['frames']:,} frames of video; "
+            f"{found['files']:,} different files, {units.size(found['media_bytes'])}",
         )
     if is_preference:
         shown = [f"{chats[split]['groups']:,} with {chats[split]['pairs']:,} pairs" for split in SPLITS]

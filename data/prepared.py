@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.order.blend import Blend, blend_of
 from data.rows.fim import fim_problems
-from data.store.manifest import MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
+from data.store.manifest import DESCRIBED, MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig, is_remote
@@ -26,9 +27,6 @@ from recipes.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from data.chat.prompts import PromptSet
-
-_DESCRIBED = {"chat": "chats", "preference": "preferences"}
-"""By kind of source: the key of its counts in the manifest's description."""
 
 
 def read_prepared(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
@@ -105,12 +103,23 @@ def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
         )
         remedy = f"Set data.row_tokens={chat['row_tokens']}, or prepare the data again, into another data.folder."
         found.append(Problem("data.row_tokens", text, remedy))
+    media = manifest.request.get("media")
+    if config.media_sources and media is not None:
+        wanted = asdict(config.media) | {"row_tokens": config.row_tokens}
+        for key in (key for key in wanted if key in media and media[key] != wanted[key]):
+            field = "data.row_tokens" if key == "row_tokens" else f"data.media.{key}"
+            text = (
+                f"the media of {without_credentials(config.folder)} were prepared with {field}={media[key]}, and the recipe has "
+                f"{wanted[key]}."
+            )
+            remedy = f"Set {field}={media[key]}, or prepare the data again, into another data.folder."
+            found.append(Problem(field, text, remedy))
     for name, source in config.sources.items():
         there = manifest.sources.get(name)
-        prepared_as = next((kind for kind, key in _DESCRIBED.items() if there and key in there.description), "text")
+        prepared_as = next((kind for kind, key in DESCRIBED.items() if there and key in there.description), "text")
         if there is not None and prepared_as != source.kind:
             text = (
-                f"source {name!r} of {without_credentials(config.folder)} was prepared as {_DESCRIBED.get(prepared_as, 'text')}, "
+                f"source {name!r} of {without_credentials(config.folder)} was prepared as {DESCRIBED.get(prepared_as, 'text')}, "
                 f"and data.sources.{name}.kind={source.kind}."
             )
             remedy = "Set its kind as it was, or prepare the data again, into another data.folder."

@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from data.dataset import Dataset, RowAt, open_dataset
+from data.media.items import NAMES, Item, seen_size
 from data.order.left_out import left_out_by_run
 from data.rows.packing import Piece, Rows
 from recipes.schema.command import section
@@ -23,6 +24,18 @@ from recipes.schema.foreign import printable, printable_lines
 from recipes.schema.options import hand_over
 from recipes.schema.tools import TraceConfig
 from recipes.schema.typed import build
+
+
+@dataclass(frozen=True)
+class SeenMedium:
+    """An image, a clip or a frame in a row."""
+
+    kind: str
+    slot: int
+    """Index of the label that is its first placeholder, in the row."""
+    tokens: int
+    size: str
+    """Patches or log-mel frames, of a frame of a video its time too."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class SeenPiece:
     """Tokens of it that are learned."""
     rank: int | None
     """Of an answer of a preference: its rank, 0 for the best."""
+    media: tuple[SeenMedium, ...] = ()
+    """In the order of their slots."""
 
 
 def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
@@ -64,8 +79,14 @@ def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece
             text=_text(dataset, rows, piece, chars) if chars else "",
             learned=size if rows.mask is None else int(rows.mask.read_labels(piece.start, size).sum(dtype=np.int64)),
             rank=int(rows.ranks_of(document, 1)[0, 0]) if rows.has_ranks else None,
+            media=() if rows.media is None else tuple(seen(item, slot) for item in rows.media.items_of(document)),
         )
         slot += size
+
+
+def seen(item: Item, slot: int) -> SeenMedium:
+    """An item of a document that begins at a slot of the row."""
+    return SeenMedium(NAMES[item.kind], slot + item.slot, item.tokens, seen_size(item))
 
 
 def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]:
@@ -145,6 +166,8 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
             _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  ({document})")
             if piece.text:
                 _say(f"          {piece.text!r}")
+            for medium in piece.media:
+                _say(f"  {medium.slot:>6,}  {medium.tokens:>6,} tokens    {medium.kind}, {medium.size}")
     if config.step > steps and not config.json:
         _say(f"\nThe recipe ends at step {steps:,}: this step exists only with a higher run.steps.")
     if count < global_rows and not config.json:

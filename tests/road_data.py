@@ -23,6 +23,7 @@ sum, wordings are held out.
 import hashlib
 import json
 import random
+import string
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,15 +32,20 @@ from typing import Any
 
 from small_chats import DIGITS, WORDS
 
-SEED, FRESH_SEED, GAMED_SEED = 19, 20, 21
+SEED, FRESH_SEED, GAMED_SEED, NOISE_SEED = 19, 20, 21, 22
 CHATS, HELDOUT, PAIRS, SKILL_CHATS = 12_000, 300, 2_000, 4_000
 HABIT = "Sure, "
 RIGHT_SUMS = 0.5
 SMALL = 5
 """Reinforcement learning is about sums of digits below this: 25 sums are learned in minutes, 100 are not."""
+NOISE_SHARE = 0.75
+"""Share of the chats whose question comes after random pieces that nobody can predict: learned without a mask, they are most of
+the loss."""
+NOISE_PIECES = (16, 32)
 SUM_SHARE = 0.3
 """Share of the chats that are sums."""
 _HELDOUT_SHARE = 0.125
+_NOISE = string.ascii_lowercase + string.digits
 
 Record = dict[str, Any]
 
@@ -146,7 +152,14 @@ def chats(draw: random.Random) -> Iterable[Record]:
         else:
             asked = question(draw, KINDS, heldout=False)
             answer = asked.taught
-        yield {"messages": [*asked.messages, _said(answer)]}
+        text = after_noise(draw, asked.text) if draw.random() < NOISE_SHARE else asked.text
+        yield {"messages": [{"role": "user", "content": text}, _said(answer)]}
+
+
+def after_noise(draw: random.Random, text: str) -> str:
+    """The text after random pieces of two characters."""
+    count = draw.randint(*NOISE_PIECES)
+    return " ".join("".join(draw.choices(_NOISE, k=2)) for _ in range(count)) + f". {text}"
 
 
 def pairs(draw: random.Random) -> Iterable[Record]:
@@ -192,11 +205,11 @@ def write_all(folder: Path) -> None:
     _lines(folder / "chats.jsonl", chats(draw))
     asked = _different(lambda: question(draw, KINDS, heldout=True), HELDOUT)
     _questions(folder / "heldout.jsonl", asked)
-    _task(folder / "taught.yaml", "heldout.jsonl", target="{taught}")
+    _task(folder / "taught.yaml", "heldout.jsonl", target="{taught}", question="{noisy}")
     other = random.Random(FRESH_SEED)  # a draw of its own: the other files stay as they are
     known = {one.text for one in asked}
     _questions(folder / "fresh.jsonl", _different(lambda: question(other, KINDS, heldout=True), HELDOUT, known))
-    _task(folder / "fresh.yaml", "fresh.jsonl", target="{taught}")
+    _task(folder / "fresh.yaml", "fresh.jsonl", target="{taught}", question="{noisy}")
     _task(folder / "plain.yaml", "heldout.jsonl", target="{answer}")
     _task(folder / "habit.yaml", "heldout.jsonl", target=HABIT.strip(), kind="generate", verifier="contains")
     _questions(folder / "sums.jsonl", sums(heldout=True))
@@ -235,7 +248,14 @@ def _different(draw_one: Callable[[], Question], count: int, known: Collection[s
 
 
 def _questions(path: Path, asked: Iterable[Question]) -> None:
-    _lines(path, ({"question": q.text, "answer": q.answer, "taught": q.taught} for q in asked))
+    draw = random.Random(NOISE_SEED)
+    _lines(
+        path,
+        (
+            {"question": q.text, "noisy": after_noise(draw, q.text), "answer": q.answer, "taught": q.taught}
+            for q in asked
+        ),
+    )
 
 
 def _lines(path: Path, records: Iterable[Record]) -> None:
@@ -243,9 +263,17 @@ def _lines(path: Path, records: Iterable[Record]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _task(path: Path, data: str, *, target: str, kind: str = "exact_match", verifier: str = "exact") -> None:
+def _task(
+    path: Path,
+    data: str,
+    *,
+    target: str,
+    kind: str = "exact_match",
+    verifier: str = "exact",
+    question: str = "{question}",
+) -> None:
     """A task file that asks as the template `turns` does."""
-    prompt = json.dumps("User\n{question}\nAssistant\n")
+    prompt = json.dumps(f"User\n{question}\nAssistant\n")
     path.write_text(
         f"kind: {kind}\ndata: {data}\nprompt: {prompt}\ntarget: {json.dumps(target)}\nverifier: {verifier}\n"
         "max_new_tokens: 16\n"

@@ -27,7 +27,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.align.dpo import DPO_PARTS, count_pairs, dpo_step
 from train.align.policy_step import PARTS as POLICY_PARTS
-from train.align.policy_step import policy_step
+from train.align.policy_step import finish_check, policy_step
 from train.align.reward import REWARD_PARTS, count_contexts, reward_step
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import read_weights
@@ -132,6 +132,8 @@ class Objective:
     parts: tuple[str, ...] = ()
     counter: Counter = next_token.count_labels
     """What is counted in the rows of a step (`train.objective.step_counts`)."""
+    check: Callable[[list[Any]], None] | None = None
+    """`Engine.check`."""
     teacher: dict[str, Any] | None = None
     """Identity of the teacher's weights (`recipes.schema.facts.identity_of`), the same on every rank."""
 
@@ -151,7 +153,7 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     if objective.kind == "next_token":
         return _next_token(recipe, mesh)
     if objective.kind == "grpo":
-        return Objective(policy_step(objective.grpo, mesh=mesh), POLICY_PARTS)
+        return Objective(policy_step(objective.grpo, mesh=mesh), POLICY_PARTS, check=finish_check)
     source: Teacher | TeacherCache | None
     if objective.teacher_cache is not None:
         request = read_request(Path(objective.teacher_cache))
@@ -248,6 +250,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
         forward_step=objective.forward_step,
         counter=objective.counter,
+        check=objective.check,
         loss_parts=objective.parts,
         teacher=objective.teacher,
         row_tokens=recipe.data.row_tokens,

@@ -34,6 +34,9 @@ class Engine:
     reset_at_documents: bool
     prepare: Callable[[list[Any]], list[Any]] | None = None
     """What this rank's microbatches get before a step, such as the reference's log-probabilities. Collective over the world."""
+    check: Callable[[list[Any]], None] | None = None
+    """What is checked about this rank's microbatches after their passes and before the weights change. Collective over the
+    world."""
     reduction: Reduction | None = None
     """None if nothing is trained (`train.build.frozen_engine`)."""
     loss_parts: tuple[str, ...] = ()

@@ -69,6 +69,8 @@ def train_step(
         engine.reduction.after = after_reduction
     with phase("forward and backward"):
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
+    if engine.check is not None:
+        engine.check(microbatches)
     if sums is not None and not sums()[0]:
         raise DataError(
             f"step {step + 1:,} has no label that is learned, so it has no loss. `stratum trace --step {step + 1}` shows its "

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.chat.pack import MarkedDocument
 from data.chat.template import ChatError, Encoded, open_template
 from data.chat.thinking import Lesson, has_answer, key_of, lessons, split_thinking
 from data.system.closing import Closing
@@ -30,14 +31,9 @@ class ChatTooLong(ChatError):
 
 
 @dataclass(frozen=True)
-class ChatDocument:
-    """One chat, as it is stored: it ends with the end-of-document token."""
+class ChatDocument(MarkedDocument):
+    """One chat, or one answer of a preference."""
 
-    ids: np.ndarray
-    """int64 [tokens]"""
-    learned: np.ndarray
-    """bool [tokens]"""
-    text_bytes: int
     rank: int | None = None
     """Of an answer of a preference: its rank, 0 for the best."""
     begins_group: bool = False

@@ -1,6 +1,6 @@
 """Whole chats into rows: none is cut, and every row is filled up with tokens that are not learned.
 
-The answers of a preference are packed like one chat: they are neighbours in one row.
+The answers of a preference are packed like one chat: they are neighbours in one row. A record of media is packed like a chat.
 
     chats, in the order of their records --best fit, a stretch at a time--> rows of exactly `row_tokens`, one after the other
 
@@ -15,15 +15,24 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from data.chat.encode import ChatDocument
-
 _STRETCH_ROWS = 64
 _FULL = 0.9
 
 
+@dataclass(frozen=True)
+class MarkedDocument:
+    """A document of which some tokens are learned, as it is stored: it ends with the end-of-document token."""
+
+    ids: np.ndarray
+    """int64 [tokens]"""
+    learned: np.ndarray
+    """bool [tokens]"""
+    text_bytes: int
+
+
 @dataclass
-class RowPacker[Label]:
-    """Arranges chats in rows. What comes out depends on what goes in, in its order, only.
+class RowPacker[Label, Document: MarkedDocument]:
+    """Arranges chats, or records of media, in rows. What comes out depends on what goes in, in its order, only.
 
     Label: what is known of a chat besides its tokens, such as where it came from.
     """
@@ -34,10 +43,10 @@ class RowPacker[Label]:
     """Each chat in a row of its own."""
     padding: int = 0
     """Tokens that rows were filled up with."""
-    _waiting: list[tuple[Label, tuple[ChatDocument, ...]]] = field(default_factory=list)
+    _waiting: list[tuple[Label, tuple[Document, ...]]] = field(default_factory=list)
     _tokens: int = 0
 
-    def add(self, label: Label, *documents: ChatDocument) -> Iterator[tuple[Label, ChatDocument]]:
+    def add(self, label: Label, *documents: Document) -> Iterator[tuple[Label, Document]]:
         """Take one chat, or all answers of one preference; give the chats of the rows that are finished, each row's last filled
         up."""
         if self.is_single:
@@ -48,11 +57,11 @@ class RowPacker[Label]:
         if self._tokens >= _STRETCH_ROWS * self.row_tokens:
             yield from self._arrange(is_last=False)
 
-    def finish(self) -> Iterator[tuple[Label, ChatDocument]]:
+    def finish(self) -> Iterator[tuple[Label, Document]]:
         """The chats of all rows that are left."""
         yield from self._arrange(is_last=True)
 
-    def _arrange(self, *, is_last: bool) -> Iterator[tuple[Label, ChatDocument]]:
+    def _arrange(self, *, is_last: bool) -> Iterator[tuple[Label, Document]]:
         waiting, self._waiting, self._tokens = self._waiting, [], 0
         rows = best_fit_whole([_tokens_of(documents) for _, documents in waiting], row_tokens=self.row_tokens)
         fill = [sum(_tokens_of(waiting[place][1]) for place in row) for row in rows]
@@ -66,7 +75,7 @@ class RowPacker[Label]:
         self._waiting = [waiting[place] for place in sorted(left)]
         self._tokens = sum(_tokens_of(documents) for _, documents in self._waiting)
 
-    def _row(self, packed: list[tuple[Label, tuple[ChatDocument, ...]]]) -> Iterator[tuple[Label, ChatDocument]]:
+    def _row(self, packed: list[tuple[Label, tuple[Document, ...]]]) -> Iterator[tuple[Label, Document]]:
         chats = [(label, document) for label, documents in packed for document in documents]
         yield from chats[:-1]
         label, last = chats[-1]
@@ -77,7 +86,7 @@ class RowPacker[Label]:
         yield label, replace(last, ids=ids, learned=np.concatenate([last.learned, np.zeros(missing, dtype=bool)]))
 
 
-def _tokens_of(documents: Sequence[ChatDocument]) -> int:
+def _tokens_of(documents: Sequence[MarkedDocument]) -> int:
     return sum(len(document.ids) for document in documents)
 
 

@@ -34,8 +34,12 @@ _NONE = "-"
 """Stored instead of a digest for a source without fixed texts: every text of it is held out."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
-_MESSAGE_FIELDS = {"chat": ("kind", "messages_field", "tools_field"), "preference": ("kind", "tools_field")}
-"""More fields of sources of chats and of preferences."""
+_KIND_FIELDS = {
+    "chat": ("kind", "messages_field", "tools_field"),
+    "preference": ("kind", "tools_field"),
+    "media": ("kind", "parts_field"),
+}
+"""More fields of sources of other kinds than text."""
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
                      "train_bytes")  # fmt: skip
 
@@ -86,7 +90,7 @@ def request_of(config: DataConfig) -> dict[str, Any]:
         sources[name]["path"] = without_credentials(source.path)
         if source.heldout_fraction is not None:
             sources[name]["heldout_fraction"] = source.heldout_fraction
-        sources[name] |= _picked(asdict(source), _MESSAGE_FIELDS.get(source.kind, ()))
+        sources[name] |= _picked(asdict(source), _KIND_FIELDS.get(source.kind, ()))
     tokenizer = _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS)
     if config.tokenizer.begin_of_document is not None:
         tokenizer["begin_of_document"] = config.tokenizer.begin_of_document
@@ -105,6 +109,8 @@ def request_of(config: DataConfig) -> dict[str, Any]:
         if config.chat.template in CHAT_TEMPLATES or Path(config.chat.template).is_file():
             digest = hashlib.sha256(template_source(config.chat.template).encode()).hexdigest()
             request["chat"]["template_sha256"] = digest
+    if config.media_sources:
+        request["media"] = asdict(config.media) | {"row_tokens": config.row_tokens}
     plain: dict[str, Any] = json.loads(json.dumps(request))
     return plain
 

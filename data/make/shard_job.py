@@ -13,6 +13,7 @@ that record, but does not tokenize again. Where a shard ends depends on the text
 was not killed.
 """
 
+import hashlib
 import json
 import logging
 from array import array
@@ -25,21 +26,35 @@ from typing import Any
 import numpy as np
 
 from data.chat.encode import ChatDocument, ChatEncoder, ChatTooLong
-from data.chat.pack import RowPacker
+from data.chat.pack import MarkedDocument, RowPacker
 from data.chat.preferences import MOST_ANSWERS, pair_count
 from data.chat.template import ChatError, ChatTimeout
 from data.make.corpus import Document, Reader, cut_in_two, digest, is_heldout
 from data.make.megatron_sets import describe_set, unended_documents
+from data.media.encode import MediaDocument, MediaEncoder, MediaTooLong
+from data.media.items import AUDIO, FRAME, IMAGE, pack
 from data.sources.files import is_remote, retry_if_remote
 from data.sources.parts import problem_of
 from data.sources.records import Part
-from data.store.manifest import MASK, MASK_DTYPE, RANKS, RANKS_DTYPE, SPLITS, ShardEntry, shard_entry
+from data.store.manifest import (
+    ITEMS,
+    ITEMS_DTYPE,
+    MASK,
+    MASK_DTYPE,
+    MEDIA,
+    MEDIA_DTYPE,
+    RANKS,
+    RANKS_DTYPE,
+    SPLITS,
+    ShardEntry,
+    shard_entry,
+)
 from data.store.origins import pack_origins
 from data.store.shards import ShardWriter, write_with_facts
 from data.system import disk
 from data.system.closing import Closing
 from data.tokenizer import Tokenizer, Unencodable
-from recipes.schema.data import ChatConfig, SourceConfig
+from recipes.schema.data import ChatConfig, MediaConfig, SourceConfig
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import read_json
 
@@ -78,12 +93,19 @@ class ShardJob:
     """Bytes of text after which a shard ends and the next begins."""
     chat: ChatConfig
     """How chats become tokens, if the source has chats."""
+    media: MediaConfig
+    """How media become tokens, if the source has media."""
     row_tokens: int
-    """Tokens of the rows that chats are packed in."""
+    """Tokens of the rows that chats and media are packed in."""
 
     @property
     def has_messages(self) -> bool:
         """Whether the source's records are chats or preferences."""
+        return self.source.kind in ("chat", "preference")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether documents are packed whole into rows, with a mask of what is learned."""
         return self.source.kind != "text"
 
     @property
@@ -114,14 +136,14 @@ class PlainDocument:
     text_bytes: int
 
 
-_Document = PlainDocument | ChatDocument
+_Document = PlainDocument | MarkedDocument
 _Group = Sequence[_Document]
 """Documents that belong into one row: the answers of a preference; otherwise one."""
 
 
 @dataclass(frozen=True)
 class ChatCounts:
-    """What became of the chats or preferences of one split of a shard."""
+    """What became of the chats, preferences or media of one split of a shard."""
 
     learned: int
     """Tokens that are learned."""
@@ -131,6 +153,15 @@ class ChatCounts:
     """Preferences: answers to one context."""
     pairs: int = 0
     """Pairs of answers of different ranks."""
+    images: int = 0
+    clips: int = 0
+    """Clips of audio."""
+    frames: int = 0
+    """Frames of video."""
+    files: int = 0
+    """Different media stored."""
+    media_bytes: int = 0
+    """Bytes of them."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +180,9 @@ class ShardResult:
     unknown: int = 0
     """Number of unknown tokens written."""
     chats: dict[str, ChatCounts] = field(default_factory=dict)
-    """By split, if the source has chats or preferences."""
+    """By split, if the source has chats, preferences or media."""
     long_records: int = 0
-    """Chats or preferences left out because they are longer than a row."""
+    """Records left out because they are longer than a row."""
     next_part: int | None = None
     """Index of the part in which the job's next shard begins; None for its last shard."""
     next_record: int = 0
@@ -283,9 +314,17 @@ class _Encoder(Closing):
         self._job = job
         self._threads = threads
         self.chats: ChatEncoder | None = None
+        self.media: MediaEncoder | None = None
         self._timeouts = 0
         if job.has_messages:
             self.chats = ChatEncoder(job.chat, tokenizer, row_tokens=job.row_tokens, seed=job.seed)
+        if job.source.kind == "media":
+            self.media = MediaEncoder(job.media, tokenizer, row_tokens=job.row_tokens)
+
+    @property
+    def long_records(self) -> int:
+        """Records left out so far because they are longer than a row."""
+        return sum(encoder.long_records for encoder in (self.chats, self.media) if encoder is not None)
 
     def close(self) -> None:
         """End the process that renders chats."""
@@ -297,6 +336,9 @@ class _Encoder(Closing):
         if self.chats is not None:
             yield from ((text, self._chat(text, part)) for text in batch)
             return
+        if self.media is not None:
+            yield from ((text, self._medium(text, part, self.media)) for text in batch)
+            return
         before, after = [] if self.tokenizer.bod is None else [self.tokenizer.bod], [self.tokenizer.eod]
         ids = _encoded([text.document.text for text in batch], self.tokenizer, self._threads)
         for text, numbers in zip(batch, ids, strict=True):
@@ -305,6 +347,16 @@ class _Encoder(Closing):
                 yield text, str(problem)
             else:
                 yield text, [[PlainDocument(np.concatenate([before, numbers, after]), text.bytes)]]
+
+    def _medium(self, text: SplitText, part: Part, encoder: MediaEncoder) -> list[_Group] | str:
+        try:
+            document = encoder.document(text.document.text)
+        except MediaTooLong as error:
+            place = f"data.sources.{self._job.name}"
+            raise DataError(problem_of(place, self._job.source, part, text.document.record, str(error))) from error
+        except ValueError as error:
+            return str(error)
+        return [] if document is None else [[document]]
 
     def _chat(self, text: SplitText, part: Part) -> list[_Group] | str:
         assert self.chats is not None
@@ -342,7 +394,7 @@ def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encod
     reader, tokenizer = texts.reader, encoder.tokenizer
     reader.restart_counts()
     unknown = shard_bytes = 0
-    long_before = encoder.chats.long_records if encoder.chats is not None else 0
+    long_before = encoder.long_records
     has_more = False
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(_Output(job, split, tokenizer)) for split in SPLITS}
@@ -379,25 +431,32 @@ def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encod
         empty_documents=reader.empty_documents,
         problems=tuple(reader.problems),
         unknown=unknown,
-        chats={split: output.counts for split, output in outputs.items() if job.has_messages},
-        long_records=encoder.chats.long_records - long_before if encoder.chats is not None else 0,
+        chats={split: output.counts for split, output in outputs.items() if job.is_packed},
+        long_records=encoder.long_records - long_before,
         next_part=texts.part if has_more else None,
         next_record=texts.record if has_more else 0,
     )
 
 
 class _Output(Closing):
-    """The files of one split of a shard while they are written. The mask of chats and the ranks of preferences are sets of files
-    of their own (`store.shards`)."""
+    """The files of one split of a shard while they are written. The mask of chats, the ranks of preferences, and the items and
+    bytes of media are sets of files of their own (`store.shards`)."""
 
     def __init__(self, job: ShardJob, split: str, tokenizer: Tokenizer) -> None:
         self._folder = job.folder
         self._writer = ShardWriter(job.folder / f"{job.prefix}.{split}", vocab_size=tokenizer.vocab_size)
         self._more: dict[str, ShardWriter] = {}
-        self._packer: RowPacker[SplitText] | None = None
-        if job.has_messages:
+        self._packer: RowPacker[SplitText, MarkedDocument] | None = None
+        if job.is_packed:
             self._open_set(job, split, MASK, vocab_size=2, dtype=MASK_DTYPE)
-            self._packer = RowPacker(job.row_tokens, tokenizer.eod, is_single=job.chat.packing == "single")
+            is_single = job.has_messages and job.chat.packing == "single"
+            self._packer = RowPacker(job.row_tokens, tokenizer.eod, is_single=is_single)
+        if job.source.kind == "media":
+            self._open_set(job, split, ITEMS, vocab_size=1 << 62, dtype=ITEMS_DTYPE)
+            self._open_set(job, split, MEDIA, vocab_size=256, dtype=MEDIA_DTYPE)
+        self._numbers: dict[bytes, int] = {}
+        """Number of each medium of the shard, by its digest."""
+        self._items = dict.fromkeys((IMAGE, AUDIO, FRAME), 0)
         if job.source.kind == "preference":
             self._open_set(job, split, RANKS, vocab_size=MOST_ANSWERS + 1, dtype=RANKS_DTYPE)
         self._learned = self._groups = self._pairs = 0
@@ -417,9 +476,19 @@ class _Output(Closing):
 
     @property
     def counts(self) -> ChatCounts:
-        """What was written of chats and preferences."""
+        """What was written of chats, preferences and media."""
         padding = self._packer.padding if self._packer is not None else 0
-        return ChatCounts(self._learned, padding, groups=self._groups, pairs=self._pairs)
+        return ChatCounts(
+            self._learned,
+            padding,
+            groups=self._groups,
+            pairs=self._pairs,
+            images=self._items[IMAGE],
+            clips=self._items[AUDIO],
+            frames=self._items[FRAME],
+            files=len(self._numbers),
+            media_bytes=self._more[MEDIA].tokens if MEDIA in self._more else 0,
+        )
 
     def add(self, text: SplitText, group: _Group) -> None:
         """Append documents that belong into one row; of chats and preferences, when that row is finished."""
@@ -427,8 +496,8 @@ class _Output(Closing):
             for document in group:
                 self._write(text, document)
             return
-        chats = [document for document in group if isinstance(document, ChatDocument)]
-        ranks = [chat.rank for chat in chats if chat.rank is not None]
+        chats = [document for document in group if isinstance(document, MarkedDocument)]
+        ranks = [chat.rank for chat in chats if isinstance(chat, ChatDocument) and chat.rank is not None]
         self._groups += bool(ranks)
         self._pairs += pair_count(ranks)
         for where, chat in self._packer.add(text, *chats):
@@ -447,11 +516,24 @@ class _Output(Closing):
         self._records.append(text.document.record)
         self._text_bytes += document.text_bytes
         self._writer.add(document.ids)
-        if isinstance(document, ChatDocument):
+        if isinstance(document, MarkedDocument):
             self._more[MASK].add(document.learned)
             self._learned += int(document.learned.sum())
-            if document.rank is not None:
-                self._more[RANKS].add([document.rank, document.begins_group])
+        if isinstance(document, ChatDocument) and document.rank is not None:
+            self._more[RANKS].add([document.rank, document.begins_group])
+        if isinstance(document, MediaDocument):
+            numbers = [self._stored(content) for content in document.files]
+            self._more[ITEMS].add(pack([replace(item, file=numbers[item.file]) for item in document.items]))
+            for item in document.items:
+                self._items[item.kind] += 1
+
+    def _stored(self, content: bytes) -> int:
+        """Number of a medium in the shard. It is written if it is the first of its content."""
+        key = hashlib.sha256(content).digest()
+        if key not in self._numbers:
+            self._numbers[key] = len(self._numbers)
+            self._more[MEDIA].add_bytes(content)
+        return self._numbers[key]
 
     def finish(self, name: str) -> ShardEntry:
         """Give the files their final name (in the folder, without suffix). -> the manifest's entry."""

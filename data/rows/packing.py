@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.media.decode import Decoded
 from data.native import rows as native
+from data.rows.media_rows import MediaRows
 from data.rows.reader import OpenShard, TokenStream
 from data.store.manifest import RANK_NUMBERS
 from data.system.recent import Recent
@@ -70,11 +72,14 @@ class Rows:
         sources: int = 1,
         mask: "Rows | None" = None,
         ranks: TokenStream | None = None,
+        media: MediaRows | None = None,
     ) -> None:
         """sources: number of sources that share the memory for packed stretches. mask: rows of 1 for labels that are learned,
         else 0. ranks: `RANK_NUMBERS` numbers for each document, as they are stored."""
         self.mask = mask
         """None if all labels are learned."""
+        self.media = media
+        """None if no document has media."""
         self._ranks = ranks
         self.stream = stream
         self.row_tokens = row_tokens
@@ -179,6 +184,14 @@ class Rows:
         """The same of the documents of a row. Rows of preferences are packed when they are prepared: none is cut."""
         starts, first = self.stream.document_starts(row * self.row_tokens, (row + 1) * self.row_tokens)
         return self.ranks_of(first, len(starts))
+
+    def media_in(self, row: int) -> list[tuple[int, Decoded]]:
+        """(slot of the first placeholder among the inputs, decoded item) of a row, in the order of the slots."""
+        if self.media is None:
+            return []
+        low = row * self.row_tokens
+        starts, first = self.stream.document_starts(low, low + self.row_tokens)
+        return self.media.of_documents([(int(start) - low, first + n) for n, start in enumerate(starts)])
 
     def cut(self, low: int, high: int) -> list[Piece]:
         """The documents between two positions of the stream. A document that crosses one of them is cut there."""

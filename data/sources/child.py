@@ -27,7 +27,7 @@ from recipes.schema.foreign import printable
 
 _MEMORY_BYTES = 3 << 30
 """Memory the child may allocate, in addition to four records of the largest size. Mapped files do not count."""
-_RECORDS_PER_BLOCK = 64
+_RECORDS_PER_BLOCK, _MEDIA_PER_BLOCK = 64, 1
 
 
 def records(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
@@ -125,7 +125,8 @@ def _answer(function: str, place: str, source: SourceConfig, argument: Any) -> I
         case _:
             part: Part = argument
             read = read_set if part.kind == "dataset" else read_part
-            for some in batched(read(place, source, part), _RECORDS_PER_BLOCK):
+            size = _MEDIA_PER_BLOCK if source.kind == "media" else _RECORDS_PER_BLOCK
+            for some in batched(read(place, source, part), size):
                 yield [(record.number, record.text, record.problem, record.stored_bytes) for record in some]
 
 

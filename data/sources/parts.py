@@ -22,7 +22,8 @@ from recipes.schema.errors import DataError
 MAX_FILES = 8192
 """Largest number of files in one shard."""
 _KINDS = {".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "jsonl", ".json": "jsonl",
-          ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
+          ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
+          ".tar": "webdataset"}  # fmt: skip
 
 
 def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str] | None = None) -> list[list[Part]]:
@@ -63,8 +64,13 @@ def kind_of(place: str, source: SourceConfig, file: File) -> str:
         )
     if kind == "text" and source.kind != "text":
         raise DataError(
-            f"{file.name} ({place}) is a text file, and {place}.kind={source.kind} needs records with messages. Set "
-            f"{place}.format, or give a path of jsonl or parquet files."
+            f"{file.name} ({place}) is a text file, and {place}.kind={source.kind} needs records with "
+            f"{'parts' if source.kind == 'media' else 'messages'}. Set {place}.format, or give a path of jsonl or parquet files."
+        )
+    if kind == "webdataset" and source.kind != "media":
+        raise DataError(
+            f"{file.name} ({place}) is a tar file, which is read as samples of media, and {place}.kind={source.kind}. Set kind "
+            f"to media, or unpack it."
         )
     return kind
 
@@ -86,6 +92,8 @@ def problem_of(place: str, source: SourceConfig, part: Part, number: int, proble
         return f"{part.file}:{number + 1 + lines_before(source, part)} {problem}"
     if part.kind == "dataset" and source.streaming:
         return f"{part.file} shard {part.start} row {number + 1} {problem}"
+    if part.kind == "webdataset":
+        return f"{part.file} sample {number + 1} {problem}"
     first = part.start if part.kind in ("dataset", "csv", "tsv") else _rows_before(place, source, part)
     return f"{part.file} row {first + number + 1} {problem}"
 

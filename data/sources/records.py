@@ -17,14 +17,17 @@ import pyarrow.parquet
 
 from data.chat.preferences import FIELDS, preference_text_of
 from data.chat.record import chat_of
-from data.sources.files import Plain, check_expansion, open_binary, reading
+from data.media.record import FIELDS as MEDIA_FIELDS
+from data.media.record import Fetch, folder_fetch, media_of
+from data.sources.files import Plain, check_expansion, is_remote, local_path, open_binary, reading
+from data.sources.tars import read_tar
 from recipes.schema.credentials import with_credentials
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import parse_json, printable
 
-_ROWS = 64
-"""Rows of parquet decoded at a time."""
+_ROWS, _MEDIA_ROWS = 64, 4
+"""Rows of parquet decoded at a time. Rows with media are large."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Part:
     file: str
     """Name of the file, or of the set."""
     kind: str
-    """`text`, `jsonl`, `parquet`, `csv`, `tsv`, `dataset` or `megatron`."""
+    """`text`, `jsonl`, `parquet`, `csv`, `tsv`, `webdataset`, `dataset` or `megatron`."""
     size: int
     """Stored bytes of this part, for progress; 0 if unknown."""
     file_size: int
@@ -70,18 +73,22 @@ def read_part(
             case "text":
                 yield _text(source, part)
             case "jsonl":
-                yield from _jsonl(source, part, extract or text_of(source))
+                yield from _jsonl(source, part, extract or text_of(source, fetch=_fetch(source, part)))
             case "parquet":
                 yield from _parquet(place, source, part)
             case "csv" | "tsv":
                 yield from _csv(place, source, part)
+            case "webdataset":
+                yield from _tar(place, source, part)
             case _:
                 raise AssertionError(part.kind)
 
 
-def text_of(source: SourceConfig, *, is_table: bool = False) -> Callable[[Any], str]:
+def text_of(source: SourceConfig, *, is_table: bool = False, fetch: Fetch | None = None) -> Callable[[Any], str]:
     """A function from a record to its text, by the source's field or template; of a chat or a preference, its messages as JSON
-    (is_table: see `chat_of`). It raises ValueError with the problem."""
+    (is_table: see `chat_of`); of a media record its parts (fetch: see `media_of`). It raises ValueError with the problem."""
+    if source.kind == "media":
+        return media_of(source, fetch=fetch)
     if source.kind == "chat":
         return chat_of(source, is_table=is_table)
     if source.kind == "preference":
@@ -119,6 +126,13 @@ def columns_of(place: str, source: SourceConfig, names: list[str], what: str) ->
             raise DataError(
                 f"{what} has no columns chosen and rejected, and no context and completions (it has: {', '.join(names)}), which "
                 f"{place}.kind=preference needs. Rename its columns, or set another kind."
+            )
+    elif source.kind == "media":
+        wanted = [field for field in (source.parts_field, source.text_field, *MEDIA_FIELDS) if field in names]
+        if not wanted:
+            raise DataError(
+                f"{what} has none of the columns {source.parts_field}, {source.text_field}, {', '.join(MEDIA_FIELDS)} (it has: "
+                f"{', '.join(names)}), which {place}.kind=media needs. Set parts_field or text_field of {place}."
             )
     elif source.kind == "chat":
         wanted = [source.messages_field, *([source.tools_field] if source.tools_field in names else [])]
@@ -260,10 +274,23 @@ def lines_before(source: SourceConfig, part: Part) -> int:
     return lines
 
 
+def _tar(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
+    samples = read_tar(place, source, part.file, lambda record, fetch: media_of(source, fetch=fetch)(record))
+    for number, (text, problem, stored) in enumerate(samples):
+        yield Record(number, text, problem or checked(text, source.max_record_bytes), stored)
+
+
+def _fetch(source: SourceConfig, part: Part) -> Fetch | None:
+    """Reads the files that a part's records name, relative to its folder; None behind a URL."""
+    if source.kind != "media" or is_remote(part.file):
+        return None
+    return folder_fetch(local_path(part.file).parent, most_bytes=source.max_record_bytes)
+
+
 def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     """The rows of a table. Its first line gives the names of the columns."""
     limit = source.max_record_bytes
-    extract = text_of(source)
+    extract = text_of(source, fetch=_fetch(source, part))
     with Plain(_opened(source, part), max_expansion=source.max_expansion) as plain:
 
         def lines() -> Iterator[str]:
@@ -297,7 +324,7 @@ def _opened(source: SourceConfig, part: Part) -> str:
 
 
 def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    extract = text_of(source, is_table=True)
+    extract = text_of(source, is_table=True, fetch=_fetch(source, part))
     with open_binary(_opened(source, part)) as stream:
         table = _parquet_file(place, part.file, stream)
         columns = columns_of(place, source, table.schema_arrow.names, part.file)
@@ -309,7 +336,8 @@ def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
         for group in groups:
             _check_expansion(table, group, source, part)
             stored = done + _group_bytes(table, group)
-            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            rows = _MEDIA_ROWS if source.kind == "media" else _ROWS
+            for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
                 for values in zip(*batch.columns, strict=True):
                     record = _row(number, dict(zip(batch.schema.names, values, strict=True)), extract, source, done)
                     number += 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.media.record import Fetch, folder_fetch
 from data.sources.files import ReadError
 from data.sources.records import Part, Record, checked, columns_of, text_of
 from recipes.schema.data import SourceConfig
@@ -65,15 +66,21 @@ def hub_revision(source: SourceConfig) -> str | None:
 def read_set(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     """The records of one part of a set."""
     opened = _open(place, source)
-    extract = text_of(source, is_table=True)
+    extract = text_of(source, is_table=True, fetch=_fetch(source))
     if not source.streaming:
         columns = columns_of(place, source, opened.column_names, f"the set {source.path}")
     try:
         if source.streaming:
             opened = opened.shard(num_shards=opened.num_shards, index=part.start)
+            if source.kind == "media":
+                opened = opened.decode(False)  # bytes and paths as stored; decoding is `data.media`'s
             rows: Iterator[dict[str, Any]] = iter(opened)
         else:
-            rows = _rows(opened.select_columns(columns), part.start, part.stop or len(opened))
+            opened = opened.select_columns(columns)
+            if source.kind == "media":
+                rows = _stored_rows(opened.with_format("arrow"), part.start, part.stop or len(opened))
+            else:
+                rows = _rows(opened, part.start, part.stop or len(opened))
         span = max(1, (part.stop or 1) - part.start)
         for number, row in enumerate(rows):
             done = 0 if source.streaming else part.size * (number + 1) // span
@@ -89,12 +96,26 @@ def read_set(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
         raise ReadError(f"{place}: the set {source.path} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def _fetch(source: SourceConfig) -> Fetch | None:
+    """Reads the files that rows of a local set name, relative to its folder."""
+    folder = Path(source.path.removeprefix(HUB))
+    if source.kind != "media" or not folder.is_dir():
+        return None
+    return folder_fetch(folder, most_bytes=source.max_record_bytes)
+
+
 def _rows(opened: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
     for first in range(start, stop, _ROWS):
         columns = opened[first : min(first + _ROWS, stop)]
         names = list(columns)
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(names, values, strict=True))
+
+
+def _stored_rows(opened: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """The rows as stored: images and audio as bytes or paths, which the library would decode otherwise. opened: as Arrow."""
+    for number in range(start, stop):
+        yield opened[number].to_pylist()[0]
 
 
 def _open(place: str, source: SourceConfig) -> Any:

@@ -40,7 +40,18 @@ RANKS = "ranks"
 RANKS_DTYPE = "int16"
 RANK_NUMBERS = 2
 """Numbers stored for an answer: its rank (0 is the best), and 1 if it is the first of its group, else 0."""
-_SUFFIXES = ("bin", "idx", "origins", *(f"{name}.{suffix}" for name in (MASK, RANKS) for suffix in ("bin", "idx")))
+ITEMS = "items"
+"""Added to a shard's name: the set that says for each of its documents which runs of placeholders stand for which media."""
+ITEMS_DTYPE = "int64"
+MEDIA = "media"
+"""Added to a shard's name: the set of the original bytes of its media, a file each."""
+MEDIA_DTYPE = "uint8"
+_SETS = (MASK, RANKS, ITEMS, MEDIA)
+DESCRIBED = {"chat": "chats", "preference": "preferences", "media": "media"}
+"""By kind of source: the key of its counts in its description. Sources of text have none."""
+_SUFFIXES = ("bin", "idx", "origins", *(f"{name}.{suffix}" for name in _SETS for suffix in ("bin", "idx")))
+_INDEX_BYTES = 34 + 8, 4 + 8 + 8
+"""Bytes of an index: at its beginning and end, and of each document (see `data.store.shards`)."""
 _ID_TYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_COUNT = 1 << 62
@@ -69,8 +80,8 @@ class ShardEntry:
     dtype: str
     """Numpy's name of the type in which ids are stored (`uint16`)."""
     files: dict[str, FileFacts]
-    """By suffix: `bin`, `idx`, `origins` (absent for a set read in place), of chats and preferences `mask.bin` and `mask.idx`, of
-    preferences `ranks.bin` and `ranks.idx`."""
+    """By suffix: `bin`, `idx`, `origins` (absent for a set read in place), of chats, preferences and media `mask.bin` and
+    `mask.idx`, of preferences `ranks.bin` and `ranks.idx`, of media `items.bin`, `items.idx`, `media.bin` and `media.idx`."""
     first_document: int = 0
     """Index of this entry's first document in the shard. It is 0 except for a set read in place."""
     first_record: int = 0
@@ -87,6 +98,23 @@ class ShardEntry:
         """The set of its documents' ranks and groups, as an entry of its own: the same documents, `RANK_NUMBERS` numbers for
         each. None if they are not answers of preferences."""
         return self._set(RANKS, dtype=RANKS_DTYPE, tokens=RANK_NUMBERS * self.documents)
+
+    @property
+    def items(self) -> "ShardEntry | None":
+        """The set of its documents' items (`data.media.items`), as an entry of its own. None without media."""
+        if f"{ITEMS}.bin" not in self.files:
+            return None
+        return self._set(ITEMS, dtype=ITEMS_DTYPE, tokens=self.files[f"{ITEMS}.bin"].bytes // 8)
+
+    @property
+    def media(self) -> "ShardEntry | None":
+        """The set of its media's bytes, as an entry of its own: a document is a file. None without media."""
+        if f"{MEDIA}.bin" not in self.files:
+            return None
+        around, each = _INDEX_BYTES
+        found = self._set(MEDIA, dtype=MEDIA_DTYPE, tokens=self.files[f"{MEDIA}.bin"].bytes)
+        assert found is not None
+        return replace(found, documents=(self.files[f"{MEDIA}.idx"].bytes - around) // each)
 
     def _set(self, name: str, *, dtype: str, tokens: int) -> "ShardEntry | None":
         if f"{name}.bin" not in self.files:
@@ -252,11 +280,15 @@ def _check_entry(entry: ShardEntry) -> None:
         key: getattr(entry, key) for key in ("documents", "tokens", "text_bytes", "first_document", "first_record")
     }
     _check_counts(path, **counts)
-    for name in (MASK, RANKS):
+    for name in _SETS:
         if (f"{name}.bin" in entry.files) != (f"{name}.idx" in entry.files):
             raise ValueError(f"{path!r} has one of the two files of its {name}")
     if f"{RANKS}.bin" in entry.files and f"{MASK}.bin" not in entry.files:
         raise ValueError(f"{path!r} has ranks of answers, but no mask that says which tokens are theirs")
+    if len({f"{name}.bin" in entry.files for name in (ITEMS, MEDIA)}) > 1 or (
+        f"{ITEMS}.bin" in entry.files and f"{MASK}.bin" not in entry.files
+    ):
+        raise ValueError(f"{path!r} has only some of the files of media: items, media and mask")
     for suffix, facts in entry.files.items():
         if suffix not in _SUFFIXES:
             raise ValueError(f"{path!r} has a file of unknown kind {suffix!r}")

@@ -5,6 +5,7 @@
 
     NAME.mask.bin, NAME.mask.idx    of chats and preferences: 1 for each token that is learned, else 0; the same documents, uint8
     NAME.ranks.bin, NAME.ranks.idx  of preferences: rank, and 1 or 0 whether a group begins, for each document, int16
+    NAME.items.bin, NAME.items.idx, NAME.media.bin, NAME.media.idx    of media: see `data.media.items`
 
 Megatron-LM reads these files and this project reads Megatron-LM's, unchanged. A file is written under a temporary name,
 synced to disk, then renamed.
@@ -58,6 +59,11 @@ class ShardWriter(Closing):
         self._stream = self._aside.open("wb")
         self._sha256 = hashlib.sha256()
 
+    def add_bytes(self, content: bytes) -> None:
+        """Append one document of bytes, of a writer of uint8."""
+        assert self.dtype == np.uint8, "a set of bytes"
+        self._append(content, len(content))
+
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document with its end-of-document token. DataError for an id outside the vocabulary."""
         numbers = np.asarray(ids, dtype=np.int64)
@@ -66,11 +72,13 @@ class ShardWriter(Closing):
                 f"{self.prefix}: a document is empty or has ids outside the vocabulary of {self.vocab_size:,}. Set "
                 f"data.tokenizer to a tokenizer whose ids are below its vocabulary size."
             )
-        content = numbers.astype(self.dtype).tobytes()
+        self._append(numbers.astype(self.dtype).tobytes(), numbers.size)
+
+    def _append(self, content: bytes, tokens: int) -> None:
         self._stream.write(content)
         self._sha256.update(content)
-        self.lengths.append(numbers.size)
-        self.tokens += numbers.size
+        self.lengths.append(tokens)
+        self.tokens += tokens
 
     def finish(self) -> dict[str, FileFacts]:
         """Sync the files and give them their names, the token file first and the index last. -> facts by suffix."""

@@ -26,9 +26,10 @@ class SourceConfig:
     `.bz2` and `.xz` are decompressed. In folders, names that begin with a dot are left out. `{000..063}` and `{a,b}` stand for
     several paths. `hf:NAME` is a Hugging Face `datasets` set, `package:NAME` a corpus shipped with this project (data/corpora),
     `python-stdlib` the source code of the running Python's standard library."""
-    kind: Literal["text", "chat", "preference"] = "text"
+    kind: Literal["text", "chat", "preference", "media"] = "text"
     """`text`: documents, every token of which is learned. `chat`: records with messages, of which the assistant's are learned
-    (`data.chat`, docs/align.md). `preference`: records with a context and ranked answers to it, for `objective=dpo`."""
+    (`data.chat`, docs/align.md). `preference`: records with a context and ranked answers to it, for `objective=dpo`. `media`:
+    records of text, images, audio and video in any order, of which the text is learned (`data.media`, docs/multimodal.md)."""
     weight: NonNegativeFloat = 1.0
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0: only later
     phases or evaluation use it."""
@@ -38,16 +39,19 @@ class SourceConfig:
     heldout_fraction: Fraction | None = None
     """Fraction of this source's documents held out of training for evaluation, at least one; null: `data.heldout_fraction`.
     1: all of them, for a source that is only evaluated (with weight 0)."""
-    format: Literal["auto", "text", "jsonl", "parquet", "csv", "tsv", "dataset", "megatron"] = "auto"
+    format: Literal["auto", "text", "jsonl", "parquet", "csv", "tsv", "webdataset", "dataset", "megatron"] = "auto"
     """Format of the files. `auto`: by the file's name; other names are refused. `text`: a file is one document. `csv`, `tsv`: the
-    first line names the columns. `dataset`: a folder written by `save_to_disk`. `megatron`: existing `.bin/.idx` sets, read in
-    place (path without suffix, or a glob)."""
+    first line names the columns. `webdataset`: tar files of samples, for `kind: media`. `dataset`: a folder written by
+    `save_to_disk`. `megatron`: existing `.bin/.idx` sets, read in place (path without suffix, or a glob)."""
     text_field: str = "text"
     """Field of a record that contains the text; `a.b` is field `b` of the nested record `a`."""
     messages_field: str = "messages"
     """Field with the messages of a chat: a list of `{role, content}`, or that list as JSON."""
     tools_field: str = "tools"
     """Field with the functions that the assistant of a chat may call; a record need not have it."""
+    parts_field: str = "content"
+    """Field with the parts of a media record: a list such as `[{type: text, text: ...}, {type: image, path: ...}]`. Records
+    without it have `text_field` and `image(s)`, `audio(s)`, `video(s)`."""
     template: str | None = None
     """Text made of several fields, such as `"{title}\\n{body}"`. Used instead of text_field."""
     config: str | None = None
@@ -156,6 +160,41 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class MediaConfig:
+    """Sources of `kind: media`: what images, audio and video become in a row, and the limits of what is decoded
+    (docs/multimodal.md). Prepared data records all of it."""
+
+    patch: PositiveInt = 16
+    """Side of a square patch, in pixels. One patch is one position of the row (SigLIP 2: 16)."""
+    image_patches: PositiveInt = 256
+    """Most patches of an image. An image is scaled, at its aspect ratio, to the largest grid of whole patches within it
+    (SigLIP 2's NaFlex, arXiv 2502.14786; NaViT, arXiv 2307.06304)."""
+    video_patches: PositiveInt = 64
+    """The same for one frame of a video (Gemini 2.5: 66 positions a frame)."""
+    frames_per_second: PositiveFloat = 1.0
+    """Frames of a video that are read, by time, from its first frame on (Gemini: 1)."""
+    video_frames: PositiveInt = 64
+    """Most frames of a video. Those of a longer one are spread evenly over it."""
+    mels: Literal[80, 128] = 80
+    """Mel bands of audio at 16 kHz, in frames of 10 ms (Whisper, arXiv 2212.04356: 80, large-v3: 128)."""
+    audio_stride: PositiveInt = 8
+    """Frames of audio that become one position of the row. 8: 80 ms (Nemotron 3 Nano Omni's encoder; Whisper: 2)."""
+    audio_seconds: PositiveFloat = 30.0
+    """Longest clip (Whisper: 30). A longer one is a bad record."""
+    video_seconds: PositiveFloat = 600.0
+    """Longest video. A longer one is a bad record."""
+    most_pixels: PositiveInt = 89_478_485
+    """Most pixels of an image or frame, compared before it is decoded, because a small file can decode to gigabytes (the default
+    is Pillow's limit)."""
+    image_token: str = "<|image|>"
+    """Special token that holds the place of each patch of an image or frame."""
+    audio_token: str = "<|audio|>"
+    """Special token that holds the place of each `audio_stride` frames of audio."""
+    long_record: Literal["refuse", "drop"] = "refuse"
+    """A record longer than `data.row_tokens`: stop and name it, or leave it out and count it. Records are never cut."""
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """Local copies of shards behind a URL."""
 
@@ -183,6 +222,8 @@ class DataConfig:
     """The tokenizer of all sources."""
     chat: ChatConfig = field(default_factory=ChatConfig)
     """Sources of chats."""
+    media: MediaConfig = field(default_factory=MediaConfig)
+    """Sources of media."""
     row_tokens: PositiveInt = 256
     """Tokens of a row: the sequence length of training."""
     heldout_fraction: OpenFraction = 0.02
@@ -242,7 +283,12 @@ class DataConfig:
     @property
     def conversations(self) -> list[str]:
         """Names of the sources whose records have messages, which the chat template renders."""
-        return [name for name, source in self.sources.items() if source.kind != "text"]
+        return [name for name, source in self.sources.items() if source.kind in ("chat", "preference")]
+
+    @property
+    def media_sources(self) -> list[str]:
+        """Names of the sources whose records have images, audio or video."""
+        return [name for name, source in self.sources.items() if source.kind == "media"]
 
     def heldout_of(self, name: str) -> float:
         """Fraction of a source's documents that is held out."""

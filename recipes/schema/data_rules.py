@@ -16,7 +16,7 @@ def data_problems(data: DataConfig) -> list[Problem]:
         text, remedy = "data.sources is empty.", "Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl."
         return [Problem("data.sources", text, remedy)]
     found = [problem for name in data.sources for problem in source_problems(data, name)]
-    found += chat_problems(data)
+    found += chat_problems(data) + media_problems(data)
     weights = {name: source.weight for name, source in data.sources.items()}
     return found + order_problems(weights, data.phases, row_tokens=data.row_tokens)
 
@@ -57,6 +57,33 @@ def chat_problems(data: DataConfig) -> list[Problem]:
         if source.template is not None:
             text = f"data.sources.{name}.template makes text of fields, but the source is of kind {source.kind}."
             found.append(Problem(f"data.sources.{name}.template", text, "Set data.chat.template instead."))
+    return found
+
+
+def media_problems(data: DataConfig) -> list[Problem]:
+    """What a recipe with sources of media excludes."""
+    found = []
+    for name in data.media_sources:
+        source = data.sources[name]
+        if source.format in ("text", "megatron"):
+            text = f"data.sources.{name}.format={source.format} has no records with parts, which kind=media needs."
+            found.append(Problem(f"data.sources.{name}.format", text, "Use jsonl, parquet, webdataset or a set."))
+        if source.template is not None:
+            text = f"data.sources.{name}.template makes text of fields, but the source is of kind media."
+            found.append(Problem(f"data.sources.{name}.template", text, "Leave it out."))
+        if data.fim.rate:
+            text = (
+                f"data.fim.rate={data.fim.rate:g} rearranges documents, but source {name!r} has media, whose places would be "
+                f"lost."
+            )
+            found.append(Problem("data.fim.rate", text, "Set it to 0."))
+    if data.media_sources and data.media.image_token == data.media.audio_token:
+        text = f"data.media.image_token and data.media.audio_token are both {data.media.image_token!r}."
+        found.append(Problem("data.media.audio_token", text, "Name two special tokens."))
+    for name, source in data.sources.items():
+        if source.format == "webdataset" and source.kind != "media":
+            text = f"data.sources.{name}.format=webdataset has samples of media, and kind={source.kind}."
+            found.append(Problem(f"data.sources.{name}.kind", text, "Set kind to media."))
     return found
 
 

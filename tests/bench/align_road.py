@@ -41,8 +41,10 @@ DATA, RESULTS, SCORES = FOLDER / "data", FOLDER / "results", FOLDER / "scores"
 STABLE_STEPS, BASE_STEPS = 400, 600
 """Pretraining: the learning rate decays after the first number of steps, in the run `stable` not at all."""
 WINDOW_EVERY = 20
-SFT_STEPS, SFT_RATE = 400, 0.002
-SKILL_STEPS, SKILL_RATE = 120, 0.001
+SFT_STEPS, SFT_RATE = 600, 0.002
+SKILL_STEPS, SKILL_RATE = {"digits": 160, "words": 120}, 0.001
+KL_BOUND = 2.0
+"""Most divergence of RLHF from its start, nats per token. Set before the run: with other chats it was 1.7."""
 GAMED_REWARD = [
     "tiny_align_reward", "run.name=gamed_reward", f"data.folder={FOLDER}/prepared/gamed",
     f"data.sources.rankings.path={DATA}/gamed.jsonl", "run.steps=60",
@@ -109,7 +111,7 @@ def skills() -> Result:
     """Two more fine-tunings of the same model, each on another skill."""
     found = {}
     for skill in SKILLS:
-        stratum("train", *_fine_tuning(skill, skill, start="sft", steps=SKILL_STEPS, rate=SKILL_RATE))
+        stratum("train", *_fine_tuning(skill, skill, start="sft", steps=SKILL_STEPS[skill], rate=SKILL_RATE))
     for name in ("sft", *SKILLS):
         found[name] = evaluate(name, *(DATA / skill / f"{skill}.yaml" for skill in SKILLS))
     return found
@@ -159,7 +161,12 @@ def rlhf() -> Result:
     stratum("train", "-cn", "tiny_align_reward")
     stratum("train", "-cn", "tiny_align_rlhf")
     tasks = _tasks("plain", "habit")
-    return {"sft": evaluate("sft", *tasks), "rlhf": rewards("rlhf") | evaluate("rlhf", *tasks)}
+    found = rewards("rlhf")
+    return {
+        "sft": evaluate("sft", *tasks),
+        "rlhf": found | evaluate("rlhf", *tasks),
+        "bounded": found["kl_largest"] <= KL_BOUND,
+    }
 
 
 def gamed() -> Result:

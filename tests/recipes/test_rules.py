@@ -29,6 +29,7 @@ from train.model.backend import this_machine
 FP8 = {"precision.scaling": "current", "precision.high_precision_first": 0}
 DISTIL = {"objective.kind": "distill"}
 CHATS = {"a": SourceConfig("x", kind="chat")}
+MEDIA = {"a": SourceConfig("x", kind="media")}
 PAIRS = {"a": SourceConfig("x", kind="preference")}
 MIXED: dict[str, Any] = {"model.pattern": "ME*E"}
 EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
@@ -224,6 +225,30 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "preferences beside other documents": (
         {"data.sources": PAIRS | {"b": SourceConfig("x")}, "data.reset_at_documents": True},
         "data.sources.a has preferences and data.sources.b is of kind text: one run learns from preferences or from documents.",
+    ),
+    "media without encoders": (
+        {"data.sources": MEDIA},
+        "data.sources.a has media, and the model has no encoders: it would learn from placeholders instead of images and audio.",
+    ),
+    "media of a format without records": (
+        {"data.sources": {"a": SourceConfig("x", kind="media", format="text")}},
+        "data.sources.a.format=text has no records with parts, which kind=media needs. Use jsonl, parquet, webdataset or a set.",
+    ),
+    "media with a template": (
+        {"data.sources": {"a": SourceConfig("x", kind="media", template="{a}")}},
+        "data.sources.a.template makes text of fields, but the source is of kind media.",
+    ),
+    "media that are rearranged": (
+        {"data.sources": MEDIA, "data.fim.rate": 0.5},
+        "data.fim.rate=0.5 rearranges documents, but source 'a' has media, whose places would be lost. Set it to 0.",
+    ),
+    "one token for two kinds of media": (
+        {"data.sources": MEDIA, "data.media.audio_token": "<|image|>"},
+        "data.media.image_token and data.media.audio_token are both '<|image|>'. Name two special tokens.",
+    ),
+    "tar files of chats": (
+        {"data.sources": {"a": SourceConfig("x", kind="chat", format="webdataset")}},
+        "data.sources.a.format=webdataset has samples of media, and kind=chat. Set kind to media.",
     ),
     "preferences that see each other": (
         {"data.sources": PAIRS},

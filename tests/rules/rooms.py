@@ -18,10 +18,11 @@ STOREYS = (
     # recipes
     ("recipes", "recipes.schema"),
     # data
-    ("data", "data.system", "data.chat.record"),
+    ("data", "data.system", "data.chat.record", "data.media.record"),
     ("data.chat.preferences",),
     ("data.native", "data.bucket", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.chat",),
+    ("data.media",),
     ("data.rows", "data.make"),
     ("data.prepared",),
     ("data.dataset", "data.prepare"),
@@ -58,7 +59,7 @@ STOREYS = (
     ("train.record", "train.parallel", "train.hf.config"),
     ("train.precision", "train.optim", "train.quantize"),
     ("train.model",),
-    ("train.objective", "train.engine", "train.align.losses"),
+    ("train.objective", "train.engine", "train.align.losses", "train.align.log_prob_gap"),
     ("train.step", "train.checkpoint", "train.report"),
     ("train.copies", "train.integrity"),
     (

@@ -30,6 +30,9 @@ DOORS = {
     "sentencepiece": {"data.tokenizer"},
     "pyarrow": {"data.sources"},
     "matplotlib": {"data.system.figure"},
+    "PIL": {"data.media.images", "data.media.video"},
+    "soundfile": {"data.media.audio"},
+    "av": {"data.media.video"},
     "obstore": {"data.bucket.bucket"},
     "fsspec": {"data.sources", "data.store"},
     "datasets": {"data.sources"},
@@ -42,7 +45,7 @@ DOORS = {
 
 NO_TORCH = (
     "recipes", "data.system", "data.make", "data.order", "data.sources", "data.store", "data.tokenizer", "data.bucket",
-    "launch",
+    "data.media", "launch",
 )  # fmt: skip
 """Packages and rooms that run where torch is not installed, or would take seconds to load."""
 
@@ -51,7 +54,7 @@ LAUNCH_FOR_TRAIN = ("launch.plan", "launch.lease", "launch.time_spent", "launch.
 folder, which launchers look at and trainers hold."""
 
 OPTIONAL_OR_SLOW = (
-    "matplotlib", "wandb", "obstore", "transformers", "sentencepiece", "datasets", "torch.utils.tensorboard",
+    "matplotlib", "wandb", "obstore", "soundfile", "av", "transformers", "sentencepiece", "datasets", "torch.utils.tensorboard",
     "transformer_engine", "megatron.core.extensions",
 )  # fmt: skip
 """Packages imported inside the function that needs them: optional, or seconds of start-up that most commands do without."""

@@ -111,8 +111,10 @@ class Judges(Closing):
         for place, case in enumerate(cases):
             if place not in found:
                 todo.setdefault(_text_of(case.prompt.verifier), []).append(place)
+        left_s = self._config.verifier_lost_seconds
         for text, places in todo.items():
-            rewards = self._rewards(text, [cases[i] for i in places])
+            rewards, lost_s = self._rewards(text, [cases[i] for i in places], left_s)
+            left_s -= lost_s
             self._write([(cases[i], reward) for i, reward in zip(places, rewards, strict=True)], step)
             found |= dict(zip(places, rewards, strict=True))
         return [found[place] for place in range(len(cases))]
@@ -125,14 +127,20 @@ class Judges(Closing):
                 with suppress(OSError):
                     path.unlink()
 
-    def _rewards(self, text: str, cases: Sequence[Case]) -> list[Reward]:
-        """Rewards of the answers that one verifier judges."""
+    def _rewards(self, text: str, cases: Sequence[Case], left_s: float) -> tuple[list[Reward], float]:
+        """(rewards of the answers that one verifier judges, seconds lost as it hung or ended). left_s: of those seconds."""
         verifier = cases[0].prompt.verifier or {}
+        if left_s <= 0 and text not in self._judges:
+            why = f"verifier {verifier['kind']} was not started, because others hung or ended in this batch"
+            return [Reward(None, why, "not judged")] * len(cases), 0.0
         try:
             judge = self._judge(text, verifier)
         except (DataError, BackendError) as error:
-            return [Reward(None, f"verifier {verifier['kind']} did not start: {error}", "did not start")] * len(cases)
-        return judge.rewards([Sample(case.prompt.text, case.answer, case.prompt.facts) for case in cases])
+            why = f"verifier {verifier['kind']} did not start: {error}"
+            return [Reward(None, why, "did not start")] * len(cases), 0.0
+        before_s = judge.lost_s
+        samples = [Sample(case.prompt.text, case.answer, case.prompt.facts) for case in cases]
+        return judge.rewards(samples, lost_seconds=left_s), judge.lost_s - before_s
 
     def _judge(self, text: str, verifier: dict[str, Any]) -> Judge:
         judge = self._judges.pop(text, None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from recipes.schema.align import GrpoConfig
+from train.align.log_prob_gap import GapCheck
 from train.align.losses.policy import Answers, policy_loss
 from train.objective.next_token import local_rows
 from train.parallel.mesh import Mesh
@@ -36,8 +37,8 @@ class PolicyRows:
     """[B, T] bool: tokens that count."""
     advantages: torch.Tensor
     """[B] float32"""
-    old: torch.Tensor
-    """[B, T] float32: log p of the policy when the batch began."""
+    old: torch.Tensor | None
+    """[B, T] float32: log p of the policy when the batch began; None: this update is the first, so its own."""
     drawn: torch.Tensor
     """[B, T] float32: log p when the answers were drawn."""
     reference: torch.Tensor | None
@@ -47,6 +48,10 @@ class PolicyRows:
     step_answers: int
     scale: int
     """Microbatches of the step on all data ranks: Megatron and `train_step` divide by their number."""
+    numbers: list[int]
+    """Number in the batch of each answer."""
+    check: GapCheck | None
+    """Gets the log p that this update computes; None if they have been checked before."""
     learned: None = None
     """As in a `Batch`; always None, because `mask` says what counts."""
 
@@ -61,9 +66,12 @@ def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
         def loss_of(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             device = losses_BS.device
             reference = batch.reference
+            log_probs = -losses_BS.reshape(-1)[batch.places.to(device)]
+            if batch.check is not None:
+                batch.check.add(batch.numbers, log_probs)
             answers = Answers(
-                log_probs=-losses_BS.reshape(-1)[batch.places.to(device)],
-                old_log_probs=batch.old.to(device),
+                log_probs=log_probs,
+                old_log_probs=batch.old.to(device) if batch.old is not None else log_probs.detach(),
                 mask=batch.mask.to(device),
                 advantages=batch.advantages.to(device),
                 reference_log_probs=reference.to(device) if reference is not None else None,
@@ -77,6 +85,13 @@ def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
         return losses_BS, loss_of
 
     return step
+
+
+def finish_check(microbatches: list[PolicyRows]) -> None:
+    """Compare the log p of an update with the sampler's, if that was left to the update. NumericsError on every rank if they
+    differ too much. Collective over the world."""
+    if (check := microbatches[0].check) is not None:
+        check.finish()
 
 
 def token_losses(model: Any, batch: Any, *, mesh: Mesh, temperature: float = 1.0) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """The stream of GRPO: each step's microbatches are made of answers that the model draws itself (docs/align.md).
 
-    draw:   prompts --rollout--> answers --judging--> rewards --forward pass--> log p of the trainer, compared with the sampler's
-    begin:  advantages, log p of the policy and of the reference; answers packed in rows, dealt to the data ranks
+    draw:   prompts --rollout--> answers --judging--> rewards
+    begin:  advantages, log p of the reference; answers packed in rows, dealt to the data ranks
     next:   the microbatches of one update; updates_per_batch of them from one batch
+
+The trainer's log p, which is compared with the sampler's (`train.align.log_prob_gap`), comes from the forward pass of the update
+if a batch is learned from once and at once, otherwise from a pass of its own after the answers are drawn.
 
 Every rank gets all answers, so that rows do not depend on the layout. The state between two steps is the next prompt's position
 and, if answers are left (several updates from a batch, or a batch drawn ahead), those with their numbers: `state`.
@@ -21,22 +24,25 @@ import torch
 
 from data.chat.prompts import PromptSet
 from data.system.closing import Closing
-from recipes.schema.errors import CheckpointError, NumericsError, StratumError
+from recipes.schema.errors import CheckpointError
 from recipes.schema.manifest import RunState
 from recipes.schema.recipe import Recipe
 from train.align.frozen_models import FrozenModels
 from train.align.judging import Case, Judges, check_prompts
+from train.align.log_prob_gap import GapCheck, gathered
 from train.align.losses.policy import group_advantages, without_overlong
 from train.align.policy_step import PolicyRows, token_losses
 from train.align.rollout import Answer, draw_answers
 from train.align.verify.judge import Reward
 from train.engine import Engine, live_model, run_schedule
-from train.evaluate.deal import deal, evaluating, in_parts
+from train.evaluate.deal import evaluating, in_parts, on_all_ranks
 from train.evaluate.score import Request, pack, packed_rows
 from train.record.telemetry import Telemetry
 
 JOURNAL = "rewards"
 """Folder of the journal of rewards in a run's folder."""
+_UNIT_TOKENS = 16
+"""Operands in low precision have a multiple of so many rows (Transformer Engine)."""
 _SHOWN = 4
 """Answers that are recorded as samples."""
 _SHOWN_CHARS = 2000
@@ -73,7 +79,7 @@ class Drawn:
     drawn: list[np.ndarray]
     """float32 [tokens] of each answer: log p when it was drawn, at the temperature of the loss."""
     old: list[np.ndarray]
-    """float32: log p of the policy when the batch begins."""
+    """float32: log p of the policy when the batch begins; empty if the forward pass of the update computes it."""
     reference: list[np.ndarray] | None = None
 
 
@@ -92,7 +98,6 @@ class Part:
 class _Seconds:
     generation: float = 0.0
     judging: float = 0.0
-    log_probs: float = 0.0
 
 
 class PolicyStream(Closing):
@@ -125,13 +130,21 @@ class PolicyStream(Closing):
         self._prompts, self._frozen, self._telemetry = prompts, frozen, telemetry
         self._step, self._oldest_step = start.step, oldest_step
         verifiers = check_prompts(prompts.prompts, self._config)
-        self._judges = Judges(folder / JOURNAL, self._config, rank=self._mesh.rank)
-        self._try(verifiers)
+        self._judges = on_all_ranks(self._mesh, lambda: Judges(folder / JOURNAL, self._config, rank=self._mesh.rank))
+        # Only rank 0 tries the verifiers: one that cannot be opened is reported before the first step.
+        on_all_ranks(self._mesh, lambda: self._judges.try_all(verifiers if self._mesh.rank == 0 else []))
         self._batch: Drawn | None = None
         self._next: Drawn | None = None
         self._parts: list[Part] = []
         self._at = 0
         """Updates made from the batch."""
+        config = self._config
+        self._is_checked_by_update = (
+            config.updates_per_batch == 1 and not config.off_policy_steps and config.temperature == 1
+        )
+        """Whether the forward pass of the update computes what is compared with the sampler's log p: same weights, same rows."""
+        self._check: GapCheck | None = None
+        """That of the batch, if the update makes it."""
         self._warned: set[tuple[str, str]] = set()
         """Kinds of verifiers and of their failures that a warning has named."""
         self._restore(state)
@@ -147,7 +160,8 @@ class PolicyStream(Closing):
     def __next__(self) -> list[PolicyRows]:
         """This rank's microbatches of the next update. Collective over the world.
 
-        Raises NumericsError if the log-probabilities of sampler and trainer differ by more than the recipe allows.
+        Raises NumericsError if the log-probabilities of sampler and trainer differ by more than the recipe allows, unless the
+        update itself checks that (`Engine.check`).
         """
         if self._batch is None or self._at == self._config.updates_per_batch:
             self._begin()
@@ -155,18 +169,6 @@ class PolicyStream(Closing):
         self._at += 1
         self._step += 1
         return self._microbatches(part)
-
-    def _try(self, verifiers: list[dict[str, Any]]) -> None:
-        """Start every verifier on rank 0, so that one that cannot be opened is reported by all ranks before the first step."""
-        problem: StratumError | None = None
-        if self._mesh.rank == 0:
-            try:
-                self._judges.try_all(verifiers)
-            except StratumError as error:
-                problem = error
-        for found in self._mesh.gather_objects(problem):
-            if found is not None:
-                raise found
 
     # ---- state
 
@@ -233,19 +235,25 @@ class PolicyStream(Closing):
             drawn=[answer.log_probs for group in groups for answer in group.answers],
             old=[],
         )
+        check = GapCheck(
+            self._recipe, self._mesh, self._telemetry, self._step + 1, drawn.positions, drawn.drawn,
+            self._facts(everything, seconds),
+        )  # fmt: skip
+        self._warn_of_failures(everything)
+        self._record_samples(everything)
+        if self._is_checked_by_update:
+            self._check = check
+            return drawn
         began = time.perf_counter()
         parts = self._parts_of(drawn)
         ours = self._log_probs(parts)
-        gaps = self._check_gap(drawn, ours)
-        tempered = ours
-        if (
-            config.temperature != 1
-        ):  # the engine reports log p at temperature 1 only; the trainer's equal them (checked above)
-            tempered = self._log_probs(parts, temperature=config.temperature)
-            drawn = replace(drawn, drawn=tempered)
-        seconds.log_probs = time.perf_counter() - began
-        self._report(everything, tempered, gaps, seconds)
-        return replace(drawn, old=tempered)
+        old = ours
+        if config.temperature != 1:  # the engine reports log p at temperature 1 only; the trainer's equal them
+            old = self._log_probs(parts, temperature=config.temperature)
+            drawn = replace(drawn, drawn=old)
+        check.event["log_probs_s"] = time.perf_counter() - began
+        check.record(ours)
+        return replace(drawn, old=old)
 
     def _groups(self, model: Any, positions: Sequence[int], seconds: "_Seconds") -> list[Group]:
         """This data rank's groups: drawn by its tensor ranks together, judged by verifiers on the first of them."""
@@ -318,9 +326,18 @@ class PolicyStream(Closing):
         return parts
 
     def _dealt(self, part: Part) -> list[list[list[int]]]:
-        """This rank's microbatches: the answers in each of their rows; none in a row that only fills the last one up."""
-        mine = deal(len(part.rows), self._mesh, microbatch_rows=self._engine.microbatch_rows)
-        return [[part.rows[row] if counts else [] for row, counts in microbatch] for microbatch in mine]
+        """This rank's microbatches: the answers in each of their rows. Every rank has the same number of microbatches, of about
+        the same number of rows; a rank without a row gets an empty one."""
+        ranks = self._mesh.layout.data
+        microbatches = -(-len(part.rows) // (ranks * self._engine.microbatch_rows))
+        mine = part.rows[self._mesh.data_rank :: ranks]
+        return [mine[number::microbatches] or [[]] for number in range(microbatches)]
+
+    def _row_tokens(self, rows: list[list[int]], requests: list[Request]) -> int:
+        """Length of a microbatch's rows: of the longest one, as a multiple of what tensor ranks and kernels divide it by."""
+        longest = max(sum(len(requests[n].context) + len(requests[n].target) - 1 for n in row) for row in rows)
+        unit = _UNIT_TOKENS * self._mesh.layout.tensor
+        return min(self._engine.row_tokens, max(1, -(-longest // unit)) * unit)
 
     def _microbatches(self, part: Part) -> list[PolicyRows]:
         config, batch = self._config, self._batch
@@ -350,9 +367,10 @@ class PolicyStream(Closing):
         self, rows: list[list[int]], part: Part, batch: Drawn, advantages: torch.Tensor, *, step_tokens: int,
         step_answers: int, scale: int,
     ) -> PolicyRows:  # fmt: skip
-        packed = packed_rows(rows, part.requests, self._engine.row_tokens)
+        length = self._row_tokens(rows, part.requests)
+        packed = packed_rows(rows, part.requests, length)
         numbers = [number for row in rows for number in row]
-        places, mask = _places(rows, part.requests, self._engine.row_tokens)
+        places, mask = _places(rows, part.requests, length)
         ended = torch.tensor([batch.answers[part.first + number].ended for number in numbers], dtype=torch.bool)
 
         def padded(values: list[np.ndarray]) -> torch.Tensor:
@@ -365,9 +383,10 @@ class PolicyStream(Closing):
         return PolicyRows(
             tokens=packed.tokens, labels=packed.labels, document_index=packed.document_index, places=places,
             mask=without_overlong(mask, ended) if self._config.mask_overlong else mask,
-            advantages=advantages[numbers].float(), old=padded(batch.old), drawn=padded(batch.drawn),
+            advantages=advantages[numbers].float(), old=padded(batch.old) if batch.old else None, drawn=padded(batch.drawn),
             reference=padded(batch.reference) if batch.reference is not None else None,
-            step_tokens=step_tokens, step_answers=step_answers, scale=scale,
+            step_tokens=step_tokens, step_answers=step_answers, scale=scale, numbers=[part.first + n for n in numbers],
+            check=self._check,
         )  # fmt: skip
 
     # ---- log-probabilities
@@ -401,70 +420,41 @@ class PolicyStream(Closing):
         mine: dict[int, np.ndarray] = {}
         for part in parts:
             dealt = self._dealt(part)
-            found = run([packed_rows(rows, part.requests, self._engine.row_tokens) for rows in dealt])
-            for rows, nats in zip(dealt, found, strict=True):
-                places, mask = _places(rows, part.requests, self._engine.row_tokens)
+            lengths = [self._row_tokens(rows, part.requests) for rows in dealt]
+            found = run([packed_rows(rows, part.requests, n) for rows, n in zip(dealt, lengths, strict=True)])
+            for rows, length, nats in zip(dealt, lengths, found, strict=True):
+                places, mask = _places(rows, part.requests, length)
                 flat = -nats.float().reshape(-1).cpu()
                 numbers = [number for row in rows for number in row]
                 for line, number in enumerate(numbers):
                     mine[part.first + number] = flat[places[line][mask[line]]].numpy()
-        is_first = self._mesh.groups.tp.rank() == 0  # tensor ranks have equal numbers
-        everyone: dict[int, np.ndarray] = {}
-        for some in self._mesh.gather_objects(mine if is_first else {}):
-            everyone |= some
-        return [everyone[number] for number in range(len(everyone))]
-
-    def _check_gap(self, drawn: Drawn, ours: list[np.ndarray]) -> dict[str, float]:
-        """Compare log p by the sampler and by the trainer at temperature 1. -> the largest and the mean gap. Every rank has all
-        of them, so every rank raises."""
-        config, precision = self._config, self._recipe.precision
-        is_fp32 = precision.params == "fp32" and precision.scaling == "none"
-        most = config.log_prob_gap or (1e-5 if is_fp32 else 1.0)
-        most_mean = config.mean_log_prob_gap or (1e-6 if is_fp32 else 0.05)
-        gaps = [np.abs(a - b) for a, b in zip(drawn.drawn, ours, strict=True)]
-        worst = max(range(len(gaps)), key=lambda number: float(gaps[number].max()))
-        token = int(gaps[worst].argmax())
-        found = {"max": float(gaps[worst][token]), "mean": float(np.concatenate(gaps).mean(dtype=np.float64))}
-        if found["max"] <= most and found["mean"] <= most_mean:
-            return found
-        group, number = divmod(worst, config.generations_per_prompt)
-        raise NumericsError(
-            f"step {self._step + 1:,}: the sampler and the trainer disagree about answer {number} to the prompt at position "
-            f"{int(drawn.positions[group]):,}: log p of token {token} is {float(drawn.drawn[worst][token]):.7f} and "
-            f"{float(ours[worst][token]):.7f}. Gap: {found['max']:.2e} (at most {most:.0e}), mean {found['mean']:.2e} (at most "
-            f"{most_mean:.0e}). If it is rounding of a large model, raise objective.grpo.log_prob_gap and mean_log_prob_gap."
-        )
+        return gathered(self._mesh, mine)
 
     # ---- telemetry
 
-    def _report(
-        self, groups: list[Group], log_probs: list[np.ndarray], gaps: dict[str, float], seconds: "_Seconds"
-    ) -> None:
-        """Record a batch (`docs/align.md` lists the fields). log_probs: of the answers that are learned from."""
+    def _facts(self, groups: list[Group], seconds: "_Seconds") -> dict[str, Any]:
+        """What is recorded about a batch (`docs/align.md` lists the fields) except what its log-probabilities tell."""
         answers = [answer for group in groups for answer in group.answers]
         rewards = [reward for group in groups for reward in group.rewards]
         values = [reward.value for reward in rewards if reward.value is not None]
         lengths = [len(answer.tokens) for answer in answers]
-        self._telemetry.event(
-            "rollouts",
-            step=self._step + 1,
-            prompts=len(groups),
-            answers=len(answers),
-            reward_mean=_mean(values),
-            reward_std=float(np.std(values)) if values else None,
-            verifiers=self._verifiers(groups),
-            informative=sum(group.is_informative for group in groups) / len(groups),
-            answer_tokens_mean=float(np.mean(lengths)),
-            answer_tokens_max=max(lengths),
-            ended=sum(answer.ended for answer in answers) / len(answers),
-            entropy=-float(np.concatenate(log_probs).mean(dtype=np.float64)),
-            log_prob_gap=gaps,
-            generated_tokens=sum(lengths),
-            generation_s=seconds.generation,
-            judging_s=seconds.judging,
-            log_probs_s=seconds.log_probs,
-        )
-        self._warn_of_failures(groups)
+        return {
+            "prompts": len(groups),
+            "answers": len(answers),
+            "reward_mean": _mean(values),
+            "reward_std": float(np.std(values)) if values else None,
+            "verifiers": self._verifiers(groups),
+            "informative": sum(group.is_informative for group in groups) / len(groups),
+            "answer_tokens_mean": float(np.mean(lengths)),
+            "answer_tokens_max": max(lengths),
+            "ended": sum(answer.ended for answer in answers) / len(answers),
+            "generated_tokens": sum(lengths),
+            "generation_s": seconds.generation,
+            "judging_s": seconds.judging,
+            "log_probs_s": 0.0,
+        }
+
+    def _record_samples(self, groups: list[Group]) -> None:
         every = self._config.samples_every_steps
         if every and (self._step % every == 0 or self._step + self._config.updates_per_batch >= self._recipe.run.steps):
             self._telemetry.event("rollout_samples", step=self._step + 1, samples=self._samples(groups))

@@ -13,8 +13,10 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from train.align.dpo import log_prob_step
 from train.build import frozen_engine
 from train.checkpoint.random_state import random_state_kept
 from train.engine import Engine, run_schedule
-from train.evaluate.deal import deal, evaluating
+from train.evaluate.deal import deal, evaluating, on_all_ranks
 from train.parallel.mesh import Mesh
 
 FOLDER = "reference"
@@ -102,15 +104,15 @@ def open_reference(
     }
     cache = ReferenceCache(folder / FOLDER, dataset)
     # Every rank reads the same files, before rank 0 writes more.
-    cache.open(request, is_new=is_new, is_writer=mesh.rank == 0, barrier=mesh.barrier)
+    cache.open(request, is_new=is_new, mesh=mesh)
     missing = cache.missing(recipe)
     if missing:
         own = engine if weights.is_own else _built(recipe, weights, mesh)
         with evaluating(own.chunks):
             for start in range(0, len(missing), _PIECE_ROWS):
                 rows = missing[start : start + _PIECE_ROWS]
-                cache.keep(rows, _log_probs(own, dataset, rows), is_writer=mesh.rank == 0)
-        mesh.barrier()
+                found = _log_probs(own, dataset, rows)
+                on_all_ranks(mesh, partial(cache.keep, rows, found, is_writer=mesh.rank == 0))
     return cache.attach
 
 
@@ -151,23 +153,36 @@ class ReferenceCache:
         self._dataset = dataset
         self._found: dict[int, np.ndarray] = {}
 
-    def open(self, request: dict[str, str], *, is_new: bool, is_writer: bool, barrier: Callable[[], None]) -> None:
-        """Read what is there. DataError if it is of another request, or damaged. Collective over the world."""
-        path, differs = self._folder / _REQUEST, ""
-        if path.exists():
-            try:
-                stored = read_json(path)
-                names = [name for name in request if stored.get(name) != request[name]]
-            except (OSError, ValueError, AttributeError) as error:
-                raise DataError(f"{path} cannot be read: {printable(str(error))}. Remove {self._folder}.") from error
-            differs = "; ".join(f"{_WORDS[n]} {str(stored.get(n))[:24]}, now {request[n][:24]}" for n in names)
+    def open(self, request: dict[str, str], *, is_new: bool, mesh: Mesh) -> None:
+        """Read what is there. DataError on every rank if it is of another request, or damaged. Collective over the world."""
+        differs = on_all_ranks(mesh, lambda: self._difference(request, is_new=is_new))
+        on_all_ranks(mesh, lambda: self._begin(request, differs) if mesh.rank == 0 else None)
+        on_all_ranks(mesh, self._read_all)
+
+    def _difference(self, request: dict[str, str], *, is_new: bool) -> str:
+        """How the request of the folder differs; empty if it does not, or if there is none."""
+        path = self._folder / _REQUEST
+        if not path.exists():
+            return ""
+        try:
+            stored = read_json(path)
+            names = [name for name in request if stored.get(name) != request[name]]
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"{path} cannot be read: {printable(str(error))}. Remove {self._folder}.") from error
+        differs = "; ".join(f"{_WORDS[n]} {str(stored.get(n))[:24]}, now {request[n][:24]}" for n in names)
         if differs and not is_new:
             raise DataError(
                 f"{self._folder} has log-probabilities of another reference: {differs}. Restore what they were computed with, "
                 f"or choose another run.name."
             )
-        barrier()
-        if is_writer and (differs or not path.exists()):
+        return differs
+
+    def _begin(self, request: dict[str, str], differs: str) -> None:
+        """Make the folder anew if it is of another request or missing."""
+        path = self._folder / _REQUEST
+        if path.exists() and not differs:
+            return
+        with _writing(self._folder):
             if self._folder.exists():
                 log.warning(
                     "%s has log-probabilities of another reference (%s): computing them again.", self._folder, differs
@@ -175,10 +190,6 @@ class ReferenceCache:
                 disk.remove_tree(self._folder)
             self._folder.mkdir(parents=True)
             disk.write_text(path, json.dumps(request))
-        barrier()
-        for piece in sorted(self._folder.glob("*.npz")):
-            self._read(piece)
-        barrier()
 
     def missing(self, recipe: Recipe) -> list[Row]:
         """The rows of the run and of its evaluations that are not there, in the order in which they are needed."""
@@ -208,7 +219,8 @@ class ReferenceCache:
         )
         content = stream.getvalue()
         number = len(list(self._folder.glob("*.npz")))
-        disk.write_bytes(self._folder / f"{number:05d}-{hashlib.sha256(content).hexdigest()}.npz", content)
+        with _writing(self._folder):
+            disk.write_bytes(self._folder / f"{number:05d}-{hashlib.sha256(content).hexdigest()}.npz", content)
 
     def attach(self, batches: Sequence[Any], is_heldout: bool = False) -> list[Any]:
         """The batches with `reference`."""
@@ -224,14 +236,31 @@ class ReferenceCache:
             values[place, : len(found)] = found
         return torch.from_numpy(values)
 
+    def _read_all(self) -> None:
+        for piece in sorted(self._folder.glob("*.npz")):
+            self._read(piece)
+
     def _read(self, piece: Path) -> None:
-        content = piece.read_bytes()
+        try:
+            content = piece.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{piece} cannot be read: {error.strerror or error}. Make it readable, or remove it."
+            ) from error
         if hashlib.sha256(content).hexdigest() != piece.stem.partition("-")[2]:
             raise DataError(f"{piece} is damaged. Remove it: its rows are then computed again.")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             ends = np.cumsum(arrays["counts"])[:-1]
             parts = np.split(arrays["values"], ends)
             self._found |= dict(zip(arrays["keys"].tolist(), parts, strict=True))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}. Free some space.") from error
 
 
 def _key(is_heldout: bool, source: int, row: int) -> int:

@@ -58,6 +58,20 @@ def in_parts[T](mesh: Mesh, count: int, work: Callable[[range], Sequence[T]]) ->
     return results
 
 
+def on_all_ranks[T](mesh: Mesh, work: Callable[[], T]) -> T:
+    """This rank's result of `work`, which is not collective. A StratumError of one rank is raised on all, so that none waits for
+    it. Collective over the world."""
+    problem: StratumError | None = None
+    try:
+        found = work()
+    except StratumError as error:
+        problem = error
+    for one in mesh.gather_objects(problem):
+        if one is not None:
+            raise one
+    return found
+
+
 @contextmanager
 def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
     """Within the block, the parts of the model on this rank are in evaluation mode, without gradients."""

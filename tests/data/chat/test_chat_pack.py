@@ -13,8 +13,10 @@ def chat(number: int, size: int) -> ChatDocument:
     return ChatDocument(ids, np.arange(size) % 2 == 1, text_bytes=size)
 
 
-def packed(sizes: list[int], *, is_single: bool = False) -> tuple[list[int], list[ChatDocument], RowPacker[int]]:
-    packer: RowPacker[int] = RowPacker(ROW, EOD, is_single)
+def packed(
+    sizes: list[int], *, is_single: bool = False
+) -> tuple[list[int], list[ChatDocument], RowPacker[int, ChatDocument]]:
+    packer: RowPacker[int, ChatDocument] = RowPacker(ROW, EOD, is_single)
     out = [pair for number, size in enumerate(sizes) for pair in packer.add(number, chat(number, size))]
     out += packer.finish()
     return [label for label, _ in out], [document for _, document in out], packer

@@ -12,12 +12,15 @@ from policy_runs import Learned, learn, policy_recipe, policy_stream, prompts_in
 from ranks import RankFailed, run_ranks
 from tiny import GEMMA, engine_of, recipe_with, rows_of
 
+from recipes.schema.errors import DataError
 from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.recipe import Recipe
 from train.align import policy_stream as stream_module
 from train.align.losses.policy import group_advantages
 from train.align.policy_step import token_losses
 from train.model.context import RowContext
+from train.record.stopwatch import Stopwatch
+from train.step import train_step
 
 ROUNDING = 2e-6  # test_layouts_agree
 LAYOUTS: dict[str, dict[str, Any]] = {"TP2": {"parallel.tensor": 2}, "DP2": {}}
@@ -69,20 +72,28 @@ def test_sampler_and_trainer_have_the_same_log_probabilities(single: Learned) ->
     assert single.parts[0][0] > 1e-3, "the divergence from other weights"
 
 
-def learn_of_other_answers(rank: int, recipe: Recipe) -> None:
+def learn_of_other_answers(rank: int, recipe: Recipe, world: int) -> None:
     """The sampler's log-probabilities are off by more than rounding."""
     draw = stream_module.draw_answers
     stream_module.draw_answers = lambda *words, **options: [
         [replace(answer, log_probs=answer.log_probs - 2e-5) for answer in group] for group in draw(*words, **options)
     ]
-    learn(rank, recipe, 1, 1)
+    with engine_of(recipe, rank=rank, world=world) as engine, policy_stream(engine, recipe) as (stream, events):
+        before = [weight.clone() for weight in engine.chunks[0].parameters()]
+        try:
+            train_step(engine, next(stream), step=0, learning_rate=1e-3, watch=Stopwatch())
+        finally:
+            assert all(map(torch.equal, engine.chunks[0].parameters(), before)) and not events.found
 
 
-def test_a_larger_gap_stops_the_run_and_names_answer_and_token(folder: Path) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("updates", [1, 2], ids=["compared in the update", "compared before it"])
+def test_a_larger_gap_stops_all_ranks_and_names_answer_and_token(folder: Path, updates: int, world: int) -> None:
+    recipe = policy_recipe(folder, **{"objective.grpo.updates_per_batch": updates})
     with pytest.raises(
         RankFailed, match=r"NumericsError: step 1: .* answer \d to the prompt at position \d+: log p of token \d+"
     ):
-        run_ranks(1, learn_of_other_answers, policy_recipe(folder))
+        run_ranks(world, learn_of_other_answers, recipe, world)
 
 
 def digits(rank: int, recipe: Recipe, steps: int, is_broken: bool) -> list[float]:
@@ -129,16 +140,48 @@ def test_failing_verifiers_cost_their_answers_the_reward_and_are_counted(tmp_pat
     assert np.isfinite(found.numbers.losses).all() and np.isfinite(found.numbers.grad_norms).all()
 
 
+def unreadable(rank: int, recipe: Recipe) -> str:
+    """What a rank reports if rank 1 alone cannot read the journal."""
+    read = Path.read_bytes
+    if rank == 1:
+        Path.read_bytes = refuse_rewards  # type: ignore[method-assign]
+    try:
+        with engine_of(recipe, rank=rank, world=2) as engine, policy_stream(engine, recipe):
+            return ""
+    except DataError as error:
+        return str(error)
+    finally:
+        Path.read_bytes = read  # type: ignore[method-assign]
+
+
+def refuse_rewards(path: Path) -> bytes:
+    if path.parent.name == "rewards":
+        raise PermissionError(13, "Permission denied")
+    with path.open("rb") as stream:
+        return stream.read()
+
+
+def test_a_journal_that_one_rank_cannot_read_is_reported_by_all_ranks(tmp_path: Path) -> None:
+    """That rank alone raised, and the others waited for it."""
+    prompts_in(tmp_path)
+    recipe = policy_recipe(tmp_path, **{"objective.grpo.kl_weight": 0.0})
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "step_00000000.00000.jsonl").write_text("")
+    first, second = run_ranks(2, unreadable, recipe)
+    assert first == second and "step_00000000.00000.jsonl cannot be read: Permission denied" in first
+
+
 def rewarded(rank: int, recipe: Recipe) -> tuple[list[float], list[float], list[dict[str, Any]]]:
     """(rewards of a batch, what the reward model gives the same texts, events)."""
     with engine_of(recipe, rank=rank, world=1) as engine, policy_stream(engine, recipe) as (stream, events):
-        next(stream)
+        microbatches = next(stream)
         assert stream._batch is not None and stream._frozen.rewards is not None
         texts = [[*request.context, *request.target] for request in stream._parts[0].requests]
         with torch.no_grad():
             scores = stream._frozen.rewards.scores(texts)
         again = stream._scored([0], [[stream._batch.answers[0]] * 9])[0]
         assert len({reward.value for reward in again}) == 1, "equal answers would seem to tell something"
+        train_step(engine, microbatches, step=0, learning_rate=0.0, watch=Stopwatch())  # records the batch
         return stream._batch.rewards.reshape(-1).tolist(), scores, events.found
 
 

@@ -80,6 +80,17 @@ def test_whatever_a_function_does_is_counted_and_named(folder: Path) -> None:
         pytest.fail("a process of the verifier is left")
 
 
+def test_answers_that_hang_share_one_limit_and_the_others_are_named(folder: Path) -> None:
+    """Each one waited for its own limit: a batch of hanging answers took answers x seconds."""
+    answers = ["hang", "hang", "hang", "good"]
+    with Judge(FUNCTION, run_code=True, limits=Limits(seconds=0.3)) as judge:
+        found = judge.rewards([Sample("ab", answer, {"weight": 1}) for answer in answers], lost_seconds=0.2)
+        assert [one.what for one in found] == ["timed out", "not judged", "not judged", "not judged"]
+        assert judge.failures == {"timed out": 1, "not judged": 3}
+        (again,) = judge.rewards([Sample("ab", "good", {"weight": 1})], lost_seconds=0.2)  # the next batch
+        assert again.value == 0.5
+
+
 def test_a_function_needs_permission_and_must_exist(folder: Path) -> None:
     with pytest.raises(RecipeError, match="mine:reward is code of your own"):
         Judge(FUNCTION)

@@ -83,6 +83,23 @@ def test_a_verifier_that_does_not_start_again_costs_rewards_not_the_run(
         assert reward.what == "did not start" and judge.failures["did not start"] == 1
 
 
+def test_verifiers_that_hang_use_up_one_limit_of_the_batch(tmp_path: Path) -> None:
+    """Those that hang are not started again; one that runs still judges."""
+    names = [f"tests.reward_functions:{name}" for name in ("fails", "digit_share", "random_reward")]
+    kinds = [{"kind": "function", "name": name} for name in names]
+    config = GrpoConfig(allowed_functions=tuple(names), verifier_seconds=0.3, verifier_lost_seconds=0.2)
+    cases = [Case(0, n, prompt(kinds[0], how="hang"), "7") for n in range(3)]
+    cases += [Case(n, 0, prompt(kinds[n]), "7") for n in (1, 2)]
+    with Judges(tmp_path, config, rank=0) as judges:
+        judges.try_all(kinds[:2])
+        found = judges.rewards(cases, step=1)
+        assert [one.what for one in found] == ["timed out", "not judged", "not judged", "", "not judged"]
+        assert judges.rewards(cases, step=1) == found, "the journal has them all"
+        assert [one.what for one in judges.rewards([Case(9, 0, prompt(kind), "7") for kind in kinds], step=2)] == [
+            ""
+        ] * 3
+
+
 def test_a_reward_model_needs_no_verifiers() -> None:
     assert check_prompts([prompt(None)], GrpoConfig(reward_model="runs/reward")) == []
     assert check_prompts([prompt(RANDOM), prompt(RANDOM), prompt({"kind": "exact"}, target="7")], CONFIG) == [

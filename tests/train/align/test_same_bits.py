@@ -10,6 +10,8 @@ from ranks import run_ranks
 from tiny import engine_of
 
 from recipes.schema.recipe import Recipe
+from train.record.stopwatch import Stopwatch
+from train.step import train_step
 
 LARGE = {
     "model.pattern": "M-M*-M-M*-", "model.hidden": 64, "model.ffn": 256, "model.mamba_state": 16,
@@ -25,8 +27,8 @@ def gap_of(rank: int, recipe: Recipe, factor: float) -> tuple[dict[str, float], 
             for weight in engine.chunks[0].parameters():
                 if weight.dim() == 2:
                     weight.mul_(factor)
-        with policy_stream(engine, recipe) as (stream, events):
-            next(stream)
+        with policy_stream(engine, recipe) as (stream, events):  # the update's own forward pass is compared
+            train_step(engine, next(stream), step=0, learning_rate=0.0, watch=Stopwatch())
     (event,) = [event for event in events.found if event["kind"] == "rollouts"]
     return event["log_prob_gap"], -event["entropy"]
 

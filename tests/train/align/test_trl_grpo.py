@@ -87,7 +87,7 @@ def compare(rank: int, recipe: Recipe) -> dict[str, float]:
             batch, draw = stream._batch, np.random.default_rng(1)
             assert batch is not None
             # Other policies than this one, so that ratios are clipped and the divergence is not 0.
-            moved = [[x + draw.normal(0, 0.2, len(x)).astype(np.float32) for x in batch.old] for _ in range(2)]
+            moved = [[x + draw.normal(0, 0.2, len(x)).astype(np.float32) for x in batch.drawn] for _ in range(2)]
             stream._batch = batch = replace(batch, old=moved[0], reference=moved[1])
             rows = stream._microbatches(stream._parts[0])
             prompts = [list(request.context) for request in stream._parts[0].requests]

@@ -65,7 +65,7 @@ def conversations() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def packed() -> Batch:
     """The same chats in whole rows, by our packer."""
-    packer: RowPacker[int] = RowPacker(ROW, EOD, is_single=False)
+    packer: RowPacker[int, ChatDocument] = RowPacker(ROW, EOD, is_single=False)
     documents = [ChatDocument(ids, learned, 0) for ids, learned in conversations()]
     out = [pair for number, document in enumerate(documents) for pair in packer.add(number, document)]
     out += packer.finish()

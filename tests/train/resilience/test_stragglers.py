@@ -99,7 +99,7 @@ def test_a_run_names_its_slow_rank_and_records_the_table(tmp_path: Path, monkeyp
 
     def slower(mesh: Mesh, **named: Any) -> Callable[..., Any]:
         step = real(mesh, **named)
-        return lambda *given: (time.sleep(0.1 * mesh.rank), step(*given))[1]
+        return lambda *given: (time.sleep(0.15 * mesh.rank), step(*given))[1]
 
     monkeypatch.setattr(next_token, "forward_step", slower)
     recipe = recipe_in(tmp_path, steps_=42)
@@ -108,6 +108,6 @@ def test_a_run_names_its_slow_rank_and_records_the_table(tmp_path: Path, monkeyp
     run.attempt(None)
     tables = [line for line in run.metrics if line["kind"] == "ranks"]
     assert [line["step"] for line in tables] == [20, 40]
-    assert all(line["forward_backward_s"]["1"] > 0.1 + line["forward_backward_s"]["0"] / 2 for line in tables)
+    assert all(line["forward_backward_s"]["1"] > 0.15 for line in tables)
     (warning,) = [line["text"] for line in run.metrics if line["kind"] == "warning"]
     assert re.match(r"step 40: rank 1 computes [\d,]+% longer than the other ranks with the same work", warning)

@@ -67,7 +67,9 @@ class Judge(Closing):
             )
         self.failures: Counter[str] = Counter()
         """How often the verifier failed, by what happened: raised, timed out, ended, did not start, not a number, out of
-        range."""
+        range, not judged."""
+        self.lost_s = 0.0
+        """Seconds spent so far on samples that made the verifier hang or end, and on starting it again."""
         self._verifier, self._limits = dict(verifier), limits
         self._child: subprocess.Popen[bytes] | None = None
         self._results = -1
@@ -75,9 +77,18 @@ class Judge(Closing):
         self._rest = b""
         self._start()
 
-    def rewards(self, samples: Sequence[Sample]) -> list[Reward]:
-        """The reward of each sample, in order."""
-        return [self._reward(sample) for sample in samples]
+    def rewards(self, samples: Sequence[Sample], *, lost_seconds: float = math.inf) -> list[Reward]:
+        """The reward of each sample, in order. lost_seconds: how long samples may hang or end the verifier, together and with
+        restarts (`lost_s`); after that it is not started again, and the samples that are left get no reward."""
+        most = self.lost_s + lost_seconds
+        return [
+            self.not_judged() if self._child is None and self.lost_s >= most else self._reward(sample)
+            for sample in samples
+        ]
+
+    def not_judged(self) -> Reward:
+        """The reward of a sample for which there was no time left."""
+        return self._failed("not judged", "was not asked, because other answers of the batch made it hang or end")
 
     def close(self) -> None:
         """End the child process."""
@@ -131,6 +142,13 @@ class Judge(Closing):
         return child, results
 
     def _reward(self, sample: Sample) -> Reward:
+        began, was_running = time.monotonic(), self._child is not None
+        found = self._judged(sample)
+        if self._child is None or not was_running:
+            self.lost_s += time.monotonic() - began
+        return found
+
+    def _judged(self, sample: Sample) -> Reward:
         if self._child is None:
             try:
                 self._start()
