@@ -42,7 +42,7 @@ STABLE_STEPS, BASE_STEPS = 400, 600
 """Pretraining: the learning rate decays after the first number of steps, in the run `stable` not at all."""
 WINDOW_EVERY = 20
 SFT_STEPS, SFT_RATE = 600, 0.002
-SKILL_STEPS, SKILL_RATE = {"digits": 160, "words": 120}, 0.001
+SKILL_STEPS, SKILL_RATE = 60, 0.001
 KL_BOUND = 2.0
 """Most divergence of RLHF from its start, nats per token. Set before the run: with other chats it was 1.7."""
 GAMED_REWARD = [
@@ -111,7 +111,7 @@ def skills() -> Result:
     """Two more fine-tunings of the same model, each on another skill."""
     found = {}
     for skill in SKILLS:
-        stratum("train", *_fine_tuning(skill, skill, start="sft", steps=SKILL_STEPS[skill], rate=SKILL_RATE))
+        stratum("train", *_fine_tuning(skill, skill, start="sft", steps=SKILL_STEPS, rate=SKILL_RATE))
     for name in ("sft", *SKILLS):
         found[name] = evaluate(name, *(DATA / skill / f"{skill}.yaml" for skill in SKILLS))
     return found
