@@ -107,7 +107,7 @@ class GrpoConfig:
     verifier_seconds: ShortTime = 5.0
     """Time limit of a verifier per answer, in seconds. After it the answer gets no reward."""
     verifier_lost_seconds: ShortTime = 30.0
-    """Seconds that verifiers which hang or end may cost a rank in one batch, restarts included. After that, a verifier that hangs
+    """Seconds that verifiers which hang or end may cost a rank in one batch. After that, a verifier that hangs
     or ends is not started again in this batch, and the rest of its answers get no reward."""
     verifier_gib: ProcessGib = 4.0
     """Memory limit of a verifier's process, in GiB."""

@@ -87,7 +87,7 @@ def test_verifiers_that_hang_use_up_one_limit_of_the_batch(tmp_path: Path) -> No
     """Those that hang are not started again; one that runs still judges."""
     names = [f"tests.reward_functions:{name}" for name in ("fails", "digit_share", "random_reward")]
     kinds = [{"kind": "function", "name": name} for name in names]
-    config = GrpoConfig(allowed_functions=tuple(names), verifier_seconds=0.3, verifier_lost_seconds=0.2)
+    config = GrpoConfig(allowed_functions=tuple(names), verifier_seconds=1.0, verifier_lost_seconds=0.5)
     cases = [Case(0, n, prompt(kinds[0], how="hang"), "7") for n in range(3)]
     cases += [Case(n, 0, prompt(kinds[n]), "7") for n in (1, 2)]
     with Judges(tmp_path, config, rank=0) as judges:

@@ -69,7 +69,7 @@ class Judge(Closing):
         """How often the verifier failed, by what happened: raised, timed out, ended, did not start, not a number, out of
         range, not judged."""
         self.lost_s = 0.0
-        """Seconds spent so far on samples that made the verifier hang or end, and on starting it again."""
+        """Seconds spent so far on samples that made the verifier hang or end, with its start right before such a sample."""
         self._verifier, self._limits = dict(verifier), limits
         self._child: subprocess.Popen[bytes] | None = None
         self._results = -1
@@ -78,8 +78,8 @@ class Judge(Closing):
         self._start()
 
     def rewards(self, samples: Sequence[Sample], *, lost_seconds: float = math.inf) -> list[Reward]:
-        """The reward of each sample, in order. lost_seconds: how long samples may hang or end the verifier, together and with
-        restarts (`lost_s`); after that it is not started again, and the samples that are left get no reward."""
+        """The reward of each sample, in order. lost_seconds: how long samples may hang or end the verifier, together
+        (`lost_s`); after that it is not started again, and the samples that are left get no reward."""
         most = self.lost_s + lost_seconds
         return [
             self.not_judged() if self._child is None and self.lost_s >= most else self._reward(sample)
@@ -142,9 +142,9 @@ class Judge(Closing):
         return child, results
 
     def _reward(self, sample: Sample) -> Reward:
-        began, was_running = time.monotonic(), self._child is not None
+        began = time.monotonic()
         found = self._judged(sample)
-        if self._child is None or not was_running:
+        if self._child is None:
             self.lost_s += time.monotonic() - began
         return found
 
