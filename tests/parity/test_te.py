@@ -268,6 +268,11 @@ def _train(
     scale_of = quantize_module._nvfp4_tensor_scale
     nearest = functools.wraps(scaling_of)(lambda *args: (s := scaling_of(*args)) and _nearest(s))
     layout = check(recipe, world=1)
+    order = _block_by_block if scaling == "nvfp4" else _scaled_product
+
+    def product(_name: str, a: torch.Tensor, b: torch.Tensor, *, factor: float) -> torch.Tensor:
+        return order(a, b, factor=factor)
+
     with (
         mesh_of(recipe, layout, device=torch.device("cpu"), rank=0) as mesh,
         mock.patch("train.build.choose_backend", lambda precision, device: chosen),
@@ -277,7 +282,7 @@ def _train(
             "train.precision.quantize._nvfp4_tensor_scale",
             lambda amax, format: (*scale_of(amax, format)[:2], amax / NVFP4_MOST),  # unrounded, for `_block_by_block`
         ),
-        mock.patch("train.precision.emulated.multiply", _block_by_block if scaling == "nvfp4" else _scaled_product),
+        mock.patch("train.precision.emulated.multiplier_of", lambda _linear: product),
     ):
         engine = build_engine(recipe, mesh)
         names = {name: tuple(p.shape) for name, p in engine.chunks[0].module.named_parameters()}
