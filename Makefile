@@ -54,6 +54,9 @@ format: setup ## format the code
 test-gpu: setup ## the tests that need a GPU and the `gpu` extra (not run yet by anyone: docs/fp8.md)
 	@$(PY) -m pytest -q -m gpu
 
+gpu-day: setup ## on a machine with GPUs: tests, steps of every precision beside the plan, resume, trace; 40 minutes, a report
+	@.venv/bin/stratum doctor --qualify
+
 docs: ## build the docs as a site with search, runs/site; broken links are errors (an environment of its own, .docs)
 	@bash docs/site/build.sh
 
@@ -62,6 +65,10 @@ validate-plan: setup ## the planner's predictions beside 333 published rows (sec
 
 bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 	@$(PY) -m tests.bench
+
+bench-quick: setup ## ratios against pinned peers, compared with this kind of machine's stored ones; fails if one is 10 % lower (5 minutes)
+	@bash tests/bench/install_peers.sh
+	@$(PY) -m tests.bench.quick
 
 bench-model: setup ## both model families against transformers, with growing rows (several minutes)
 	@$(PY) -m tests.bench.model
@@ -108,5 +115,8 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .harness .trl .trackers .docs .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help docs setup smoke test test-slow test-slurm test-oracle test-vllm test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe bench-resilience precision-gap compress-curves bench-align align-road clean validate-plan
+gpu-rehearsal: setup ## the same path on a CPU with small shapes (about 10 minutes)
+	@.venv/bin/stratum doctor --qualify --rehearse
+
+.PHONY: help gpu-day gpu-rehearsal docs setup smoke test test-slow test-slurm test-oracle test-vllm test-gpu check format bench bench-quick bench-model bench-inference bench-fp8 bench-checkpoint bench-data bench-moe bench-resilience precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help

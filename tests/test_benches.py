@@ -4,6 +4,7 @@ Figures are not looked at. `make check` also checks the types of `tests/bench`, 
 """
 
 import importlib
+import json
 import os
 import runpy
 import sys
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 from ranks import IN_EVERY_RANK
 
+from tests.bench import quick
 from train.checkpoint import saving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +72,26 @@ def run_bench(words: list[str], output: Path) -> tuple[int, str]:
 def test_a_benchmark_runs_to_its_end(words: str, line: str, tmp_path: Path) -> None:
     status, output = run_bench(words.format(folder=tmp_path).split(), tmp_path / "output")
     assert status == 0 and line in output, output
+
+
+def test_a_ratio_below_its_baseline_fails_after_repeats(tmp_path: Path) -> None:
+    """Real measurements of the smallest measure; only the stored ratios are made up."""
+    stored, name = tmp_path / "baselines.json", "experts: forward and backward"
+    words = f"tests.bench.quick --only experts --baselines {stored}".split()
+    status, output = run_bench(words, tmp_path / "none")
+    assert status == 0 and "No baselines for this kind of machine" in output, output
+    stored.write_text(json.dumps({quick.machine_kind(): {name: 0.01, "rows: plain": 100.0}}))
+    status, output = run_bench(words, tmp_path / "slow")
+    assert status == 0 and "| 0.01 | 1 |" in output, output
+    stored.write_text(json.dumps({quick.machine_kind(): {name: 100.0}}))
+    status, output = run_bench(words, tmp_path / "fast")
+    assert status == 1 and f"| 100.00 | {quick.TRIES} |" in output and f"SLOWER: {name}" in output, output
+
+
+def test_a_drop_is_ten_percent_and_a_ratio_that_is_gone_counts() -> None:
+    baselines = {"a": 2.0, "b": 1.0, "c": 0.5}
+    assert quick.below({"a": 1.81, "b": 0.91, "c": 0.46}, baselines) == []
+    assert quick.below({"a": 1.79, "b": 0.91}, baselines) == ["a", "c"]
 
 
 def test_a_save_that_fails_in_a_benchmark_shows_its_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         epilog="""examples:
   stratum doctor                                      this machine as it is
   stratum doctor --gpu --json                         what training on GPUs needs, for scripts
+  stratum doctor --qualify                            tests and speed of this machine's GPUs, 40 minutes, a report to send
+  stratum doctor --qualify --dry-run                  the schedule of that
 
 Before anything is installed, in a checkout: python3 -m launch.doctor
 Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for what you do not use.""",
@@ -57,7 +60,17 @@ Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for wha
     parser.add_argument("--gpu", action="store_true", help="also require what training on GPUs needs")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be stored (default: runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--qualify", action="store_true", help="test the GPUs and measure training steps (needs the packages)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="with --qualify: print the schedule")
+    parser.add_argument("--rehearse", action="store_true", help="with --qualify: the same path on a CPU, small shapes")
+    parser.add_argument("--minutes", type=float, default=40.0, help="with --qualify: budget (default: 40)")
     own = parser.parse_args(list(arguments))
+    if own.qualify:
+        return _qualify(own)
+    if own.dry_run or own.rehearse:
+        parser.error("--dry-run and --rehearse belong to --qualify. Add it.")
     findings = [_needed(one) if own.gpu else one for one in look(Machine(), folder=own.folder)]
     wrong = [one for one in findings if one.state == "wrong"]
     if own.json:
@@ -65,6 +78,28 @@ Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for wha
     else:
         sys.stdout.write(report(findings, color=sys.stdout.isatty()))
     return 1 if wrong else 0
+
+
+def _qualify(own: argparse.Namespace) -> int:
+    """Run, or print, the schedule. -> 1 if a piece failed or had no time, or if there is no GPU to test."""
+    # Start-up: the rest of doctor runs before any package is installed; these need optional ones.
+    from launch.doctor import qualify
+    from launch.doctor.qualify_report import Reporter
+
+    # likewise
+    folder = (own.folder / f"qualify-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    options = qualify.options_of(folder, budget_minutes=own.minutes, rehearse=own.rehearse)
+    if own.dry_run:
+        sys.stdout.write(qualify.dry_run(options))
+        return 0
+    if not options.gpus and not options.rehearse:
+        sys.stderr.write(
+            "error: nvidia-smi lists no GPU. Run `stratum doctor`, or add --rehearse for a CPU rehearsal.\n"
+        )
+        return 1
+    results = qualify.run(qualify.schedule(options), options, Reporter(options))
+    sys.stdout.write((folder / "report.md").read_text(encoding="utf-8") + f"\nTo send back: {folder}\n")
+    return 1 if any(one.state in ("failed", "out of time", "not started") for one in results) else 0
 
 
 def look(machine: Machine, *, folder: Path) -> list[Finding]:

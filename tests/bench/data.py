@@ -49,10 +49,20 @@ def main() -> int:
     if options.child:
         _child(options.child, options.rows[0], options.seconds)
         return 0
+    prepare(options.rows, options.only)
+    for row in options.rows:
+        _table(row, options)
+    if not options.no_start_up:
+        _start_up_table()
+    return 0
+
+
+def prepare(rows: list[int], names: list[str]) -> None:
+    """Make the corpus and the copies that the named loaders need, where they do not exist yet."""
     HOME.mkdir(parents=True, exist_ok=True)
     _make_tokens()
-    for row in options.rows:
-        for name in options.only:
+    for row in rows:
+        for name in names:
             if name in PREPARE:
                 began = time.perf_counter()
                 folder = HOME / f"{name}-{row}"
@@ -66,18 +76,13 @@ def main() -> int:
                         sys.stderr.write(f"{name} failed:\n{made.stderr[-2000:]}\n")
                         continue
                     (folder / "done").write_text(f"{time.perf_counter() - began:.1f}")
-    for row in options.rows:
-        _table(row, options)
-    if not options.no_start_up:
-        _start_up_table()
-    return 0
 
 
 def _table(row: int, options: argparse.Namespace) -> None:
     best: dict[str, dict[str, float]] = {}
     for _ in range(options.rounds):
         for name in options.only:
-            for key, value in (_measure(name, row, options.seconds) or {}).items():
+            for key, value in (measure(name, row, options.seconds) or {}).items():
                 one = best.setdefault(name, {})
                 one[key] = (max if key in ("rate", "per_core") else min)(value, one.get(key, value))
     sys.stdout.write(f"\nRows of {row:,} tokens, {BATCH} a batch:\n\n")
@@ -94,7 +99,8 @@ def _table(row: int, options: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-def _measure(name: str, row: int, seconds: float) -> dict[str, float] | None:
+def measure(name: str, row: int, seconds: float) -> dict[str, float] | None:
+    """Figures of one loader in a process of its own (`_child`); None if it fails, with its error on stderr."""
     result = subprocess.run(_me(name, row, seconds), capture_output=True, text=True, env=_environment(), check=False)
     if result.returncode:
         sys.stderr.write(f"{name} failed:\n{result.stderr[-2000:]}\n")
@@ -464,7 +470,7 @@ def _start_up_table() -> None:
     for label, tokens, shards in (("100M", 10**8, 3), ("1B", 10**9, 6), ("1T", 10**12, 300), ("10T", 10**13, 3000)):
         with tempfile.TemporaryDirectory(dir=HOME) as folder:
             _sparse_set(Path(folder), tokens, shards)
-            runs = [_measure(f"start-up-{folder}", 8192, 0) for _ in range(3)]
+            runs = [measure(f"start-up-{folder}", 8192, 0) for _ in range(3)]
         best = {key: min(run[key] for run in runs if run) for key in ("open", "first", "ramp", "added")}
         sys.stdout.write(
             f"| {label} | {shards:,} | {best['open'] * 1e3:.0f} | {best['first'] * 1e3:.1f} | {best['ramp'] * 1e3:.1f} | "

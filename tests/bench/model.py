@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -48,9 +48,16 @@ def shapes() -> dict[str, ModelConfig]:
     return {"hybrid": hybrid, "gemma": gemma}
 
 
-def now() -> float:
-    """Seconds of the chosen clock."""
-    return time.process_time() if ARGUMENTS.clock == "cpu" else time.perf_counter()
+@dataclass(frozen=True)
+class Timing:
+    """How steps are timed: CPU threads of each process, and the clock."""
+
+    threads: int
+    clock: Literal["wall", "cpu"]
+
+    def now(self) -> float:
+        """Seconds of the chosen clock."""
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
 
 def rows_of(length: int) -> int:
@@ -65,11 +72,11 @@ def tokens_for(rows: int, length: int, vocab: int = VOCAB) -> tuple[torch.Tensor
 # ---- transformers, in a separate process: reads "family length" lines, prints the seconds of one step for each
 
 
-def serve_peer(threads: int) -> None:
+def serve_peer(timing: Timing) -> None:
     from parity.peers import peer_of
     from torch.nn import functional as F
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(timing.threads)
     family, model, optimizer = None, None, None
     for line in sys.stdin:
         name, length = line.split()
@@ -79,24 +86,24 @@ def serve_peer(threads: int) -> None:
             family = name
         assert model is not None and optimizer is not None
         tokens, labels = tokens_for(rows_of(int(length)), int(length))
-        start = now()
+        start = timing.now()
         optimizer.zero_grad()
         F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        sys.stdout.write(f"{now() - start}\n")
+        sys.stdout.write(f"{timing.now() - start}\n")
         sys.stdout.flush()
 
 
 class Peer:
     """A process that trains transformers' models, a step at a time."""
 
-    def __init__(self, *, keeps_memory: bool, threads: int) -> None:
-        environment = dict(os.environ, TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS=str(threads))
+    def __init__(self, *, keeps_memory: bool, timing: Timing) -> None:
+        environment = dict(os.environ, TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS=str(timing.threads))
         if keeps_memory:
             environment["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY
         command = [sys.executable, "-m", "tests.bench.model", "--serve-peer"]
-        command += ["--threads", str(threads), "--clock", ARGUMENTS.clock]
+        command += ["--threads", str(timing.threads), "--clock", timing.clock]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
 
@@ -116,7 +123,7 @@ class Peer:
 
 
 def ours(
-    model: ModelConfig, length: int, *, optimizer: Literal["adamw", "muon"] = "adamw"
+    model: ModelConfig, length: int, timing: Timing, *, optimizer: Literal["adamw", "muon"] = "adamw"
 ) -> AbstractContextManager[Callable[[], float]]:
     """Context manager of a function that runs one step and returns its seconds."""
     from tiny import RECIPE, engine_of, one_document_rows
@@ -138,33 +145,48 @@ def ours(
     @contextmanager
     def opened() -> Iterator[Callable[[], float]]:
         with engine_of(recipe, rank=0, world=1) as engine:
-            torch.set_num_threads(ARGUMENTS.threads)
+            torch.set_num_threads(timing.threads)
 
             def step() -> float:
-                start = now()
+                start = timing.now()
                 train_step(engine, [batch], step=0, learning_rate=1e-3, watch=Stopwatch())
-                return now() - start
+                return timing.now() - start
 
             yield step
 
     return opened()
 
 
-def gemm_peak() -> float:
+def gemm_peak(timing: Timing) -> float:
     """FLOPs a second of the best of 24 fp32 products of 1024 x 1024 matrices, by torch's own product or by ours."""
     from train.native.gemm import multiply
 
     a = torch.randn(1024, 1024)
     seconds = []
     for turn in range(24):
-        start = now()
+        start = timing.now()
         (torch.mm, multiply)[turn % 2](a, a)
-        seconds.append(now() - start)
+        seconds.append(timing.now() - start)
     return 2 * 1024**3 / min(seconds)
 
 
 def median(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) // 2]
+
+
+def in_turn(
+    family: str, length: int, peers: list[Peer], *, rounds: int, timing: Timing
+) -> tuple[list[float], list[list[float]]]:
+    """Seconds of `rounds` of our steps and of each peer's, one after the other; a first round does not count."""
+    mine: list[float] = []
+    theirs: list[list[float]] = [[] for _ in peers]
+    with ours(shapes()[family], length, timing) as step:
+        for turn in range(rounds + 1):
+            found = [step(), *(peer.step(family, length) for peer in peers)]
+            if turn:
+                for seconds, figure in zip([mine, *theirs], found, strict=True):
+                    seconds.append(figure)
+    return mine, theirs
 
 
 def families_part(peak: float) -> None:
@@ -173,7 +195,7 @@ def families_part(peak: float) -> None:
     print("| model | row | ours, tokens/s | share of GEMM peak | transformers | ours / theirs "
           "| with our memory setting | ours / theirs |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
-    peers = [Peer(keeps_memory=keeps, threads=ARGUMENTS.threads) for keeps in (False, True)]
+    peers = [Peer(keeps_memory=keeps, timing=TIMING) for keeps in (False, True)]
     for family, model in shapes().items():
         if ARGUMENTS.family and family != ARGUMENTS.family:
             continue
@@ -181,19 +203,13 @@ def families_part(peak: float) -> None:
             rows = rows_of(length)
             attention = sum(kind in "*w" for kind in model.pattern)
             fits = 5 * 4 * rows * model.heads * length**2 * attention < PEER_BYTES
-            spent: list[list[float]] = [[], [], []]
-            with ours(model, length) as step:
-                for turn in range(ARGUMENTS.rounds + 1):
-                    found = [step(), *(peer.step(family, length) if fits else float("nan") for peer in peers)]
-                    if turn:
-                        for seconds, figure in zip(spent, found, strict=True):
-                            seconds.append(figure)
-            mine, installed, kept = (median(seconds) for seconds in spent)
-            tokens = rows * length
+            seconds, spent = in_turn(family, length, peers if fits else [], rounds=ARGUMENTS.rounds, timing=TIMING)
+            mine, tokens = median(seconds), rows * length
             share = tokens * flops_per_token(model, length).total / mine / peak
             figures = [f"{tokens / mine:,.0f}", f"{share:.2f}"]
-            for theirs in (installed, kept):
-                figures += [f"{tokens / theirs:,.0f}", f"{theirs / mine:.2f}"] if fits else ["does not fit", "-"]
+            for theirs in map(median, spent):
+                figures += [f"{tokens / theirs:,.0f}", f"{theirs / mine:.2f}"]
+            figures += ["does not fit", "-"] * (len(peers) - len(spent))
             print(f"| {family} | {rows} x {length} | " + " | ".join(figures) + " |", flush=True)
     for peer in peers:
         peer.close()
@@ -205,7 +221,7 @@ def mamba_part() -> None:
     pure = replace(hybrid, pattern="MMMM", vocab=256)
     print("| Mamba-2 alone, row | us per token |\n|---|---|")
     for length in ARGUMENTS.lengths:
-        with ours(pure, length) as step:
+        with ours(pure, length, TIMING) as step:
             step()
             seconds = median([step() for _ in range(ARGUMENTS.rounds)])
         print(f"| {rows_of(length)} x {length} | {1e6 * seconds / (rows_of(length) * length):.1f} |", flush=True)
@@ -218,7 +234,7 @@ def muon_part() -> None:
         spent: dict[str, list[float]] = {"adamw": [], "muon": []}
         for _ in range(ARGUMENTS.rounds):
             for name, seconds in spent.items():
-                with ours(shapes()["hybrid"], length, optimizer=name) as step:  # type: ignore[arg-type]
+                with ours(shapes()["hybrid"], length, TIMING, optimizer=name) as step:  # type: ignore[arg-type]
                     step()
                     seconds += [step() for _ in range(3)]
         adamw, muon = (1000 * median(seconds) for seconds in spent.values())
@@ -239,7 +255,7 @@ def share_part(peak: float) -> None:
 
     for family, model in shapes().items():
         length = ARGUMENTS.lengths[0]
-        with ours(model, length) as step:
+        with ours(model, length, TIMING) as step:
             step()
             bare = median([step() for _ in range(ARGUMENTS.rounds)])
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -254,7 +270,7 @@ def share_part(peak: float) -> None:
 
 def main() -> None:
     torch.set_num_threads(ARGUMENTS.threads)
-    peak = gemm_peak()
+    peak = gemm_peak(TIMING)
     print(
         f"GEMM peak, fp32 1024^3: {peak / 1e9:.0f} GFLOP/s, {ARGUMENTS.threads} threads, {ARGUMENTS.clock} clock\n",
         flush=True,
@@ -282,7 +298,8 @@ if __name__ == "__main__":
     parser.add_argument("--top", type=int, default=16, help="operations listed by `share` (default 16)")
     parser.add_argument("--serve-peer", action="store_true", help=argparse.SUPPRESS)
     ARGUMENTS = parser.parse_args()
+    TIMING = Timing(ARGUMENTS.threads, ARGUMENTS.clock)
     if ARGUMENTS.serve_peer:
-        serve_peer(ARGUMENTS.threads)
+        serve_peer(TIMING)
     else:
         main()

@@ -50,13 +50,18 @@ def theirs(parsed: argparse.Namespace) -> torch.nn.Module:
     return layer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def parser() -> argparse.ArgumentParser:
+    """Sizes of the layers and how they are timed."""
+    made = argparse.ArgumentParser()
     for name, default in (
         ("hidden", 512), ("ffn", 1024), ("experts", 16), ("top-k", 2), ("tokens", 2048), ("rounds", 9), ("threads", 1),
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parsed = parser.parse_args()
+        made.add_argument(f"--{name}", type=int, default=default)
+    return made
+
+
+def measured(parsed: argparse.Namespace) -> tuple[dict[str, list[float]], torch.Tensor]:
+    """-> (seconds of each round by layer, tokens that each expert got in the last)."""
     experts = ExpertsConfig(count=parsed.experts, top_k=parsed.top_k, ffn=parsed.ffn)
     model = ModelConfig(pattern="E-", hidden=parsed.hidden, vocab=256, ffn=parsed.top_k * parsed.ffn, experts=experts)
     recipe = replace(RECIPE, model=model)
@@ -76,7 +81,12 @@ def main() -> None:
                 spent = seconds_of(layer, x)
                 if round_:  # the first warms up
                     seconds[name].append(spent)
-        rows = mixture.take_load()[0].per_expert
+        return seconds, mixture.take_load()[0].per_expert
+
+
+def main() -> None:
+    parsed = parser().parse_args()
+    seconds, rows = measured(parsed)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     busiest = float(rows.max()) / float(rows.double().mean())
     print(

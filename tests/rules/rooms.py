@@ -75,7 +75,7 @@ STOREYS = (
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
     ("train.align", "train.merge"),
-    ("train.run", "train.replay"),
+    ("train.run", "train.replay", "train.speed"),
     ("train.hf", "train.serve", "train.__main__", "train.completion", "train.notebook"),
     ("train.stratum",),
 )

@@ -1,0 +1,107 @@
+"""`stratum doctor --qualify`: its schedule, and how it runs pieces that fail, hang, crash or have no time. Real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.children import stratum
+from launch.doctor.pieces import Options, Piece, Result
+from launch.doctor.qualify import run, schedule
+from launch.doctor.qualify_report import Reporter
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def options_in(folder: Path, **changes: object) -> Options:
+    made = Options(folder / "out", budget_minutes=1, rehearse=True, gpus=0, missing=("transformer-engine", "mamba-ssm"))
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def piece(name: str, program: str, *, limit: float = 1, **more: object) -> Piece:
+    return Piece(name, "a test", (sys.executable, "-c", program), limit, **more)  # type: ignore[arg-type]
+
+
+def ran(pieces: list[Piece], options: Options) -> dict[str, Result]:
+    return {result.name: result for result in run(pieces, options, Reporter(options))}
+
+
+def test_pieces_that_fail_do_not_stop_the_next_ones(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    grandchild = f"import time, pathlib; time.sleep(2.5); pathlib.Path({str(mark)!r}).touch()"
+    hangs = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(60)"
+    options = options_in(tmp_path)
+    found = ran(
+        [
+            piece("raises", "raise ValueError('this | is why')"),
+            piece("crashes", "import os; os.kill(os.getpid(), 11)"),
+            piece("hangs", hangs, limit=0.02),
+            piece("needs", "1/0", needs="a second GPU"),
+            piece("works", 'print(\'{"tokens_per_s": 1234.5, "backend": "te"}\')'),
+            piece("long", "pass", limit=1000),
+        ],
+        options,
+    )
+    assert {name: one.state for name, one in found.items()} == {
+        "raises": "failed", "crashes": "failed", "hangs": "out of time", "needs": "left out", "works": "passed",
+        "long": "not started",
+    }  # fmt: skip
+    assert "this | is why" in found["raises"].tail and found["crashes"].reason == "signal 11"
+    time.sleep(3)
+    assert not mark.exists(), "a process that a piece started is still there"
+    stored = json.loads((options.folder / "report.json").read_text())
+    assert [one["state"] for one in stored["pieces"]] == [one.state for one in found.values()]
+    text = (options.folder / "report.md").read_text()
+    assert "| hangs | out of time | 1 |" in text and "this | is why" in text and "needs a second GPU" in text
+
+
+def test_a_refused_recipe_and_skipped_tests_are_no_failures(tmp_path: Path) -> None:
+    step = (sys.executable, "-P", "-m", "train.speed", "-cn", "smoke", "parallel.tensor=3")
+    skipped = (
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-m",
+        "gpu",
+        "tests/gpu/test_precision.py",
+        "-k",
+        "mxfp8",
+    )
+    found = ran(
+        [Piece("step", "", step, 1, plan=("-cn", "smoke")), Piece("tests", "", skipped, 1)], options_in(tmp_path)
+    )
+    assert found["step"].state == "refused" and "parallel.tensor=3" in found["step"].reason, found["step"]
+    assert found["step"].planned["tokens_per_s_per_gpu"] > 0
+    assert found["tests"].state == "skipped" and "needs a GPU" in found["tests"].tail, found["tests"]
+
+
+def test_without_transformer_engine_only_its_tests_are_left_out(tmp_path: Path) -> None:
+    left_out = {one.name for one in schedule(options_in(tmp_path, rehearse=False, gpus=1)) if one.needs}
+    names = {"delayed", "current", "blockwise", "mxfp8", "nvfp4"}
+    assert left_out == {f"tests: {name}" for name in names} | {"two ranks"}
+    assert not [one for one in schedule(options_in(tmp_path, rehearse=False, gpus=2, missing=())) if one.needs]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (["--qualify", "--dry-run"], 0, "step: layers of Nano 12B, fp8_blockwise"),
+        (["--qualify", "--folder", "{folder}"], 1, "nvidia-smi lists no GPU"),
+        (["--rehearse"], 2, "belong to --qualify"),
+    ],
+)
+def test_the_command(words: list[str], status: int, text: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        stratum("doctor", *[word.format(folder=tmp_path) for word in words]), capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == status and text in done.stdout + done.stderr, done
+    assert list(tmp_path.iterdir()) == []
