@@ -103,6 +103,7 @@ def published(row: Row) -> Published:
         device=device,
         low=low,
         scaling=scaling,
+        high_precision_layers=_tail(row, model, assumed),
         split_sequence=layout.tensor > 1,
         recompute=_recompute(get("recompute", "")),
         latent=latent_attention(row["model"]),
@@ -138,6 +139,19 @@ def _precision(text: str, assumed: list[str]) -> tuple[Format | None, str]:
     elif not re.search(r"b(f|float)?16|bfloat|amp|mixed", plain):
         raise OutOfScope(f"precision {text!r} is unknown to this planner")
     return None, "none"
+
+
+TAIL = 0.15
+"""Share of the layers at the end that stay in bf16 where a row says so without a number (NVFP4's recipe, arXiv 2509.25149)."""
+
+
+def _tail(row: Row, model: ModelConfig, assumed: list[str]) -> frozenset[int]:
+    """Indexes of the layers in bf16 of a row in low precision."""
+    if "tail" not in row.get("precision", "").lower():
+        return frozenset()
+    layers = len(layer_kinds(model.pattern))
+    assumed.append(f"last {TAIL:.0%} of the layers in bf16")
+    return frozenset(range(layers - round(TAIL * layers), layers))
 
 
 def _layout(row: Row, *, world: int, sequence: int, has_experts: bool, assumed: list[str]) -> tuple[Layout, int]:

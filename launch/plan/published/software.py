@@ -76,7 +76,7 @@ PLAIN_TORCH = (
 TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
 """NVIDIA's and other runs on Megatron-Core: fused kernels, and tensor-parallel traffic that overlaps with products. In
 hybrids the traffic does not overlap, because their recipes do not enable it."""
-GRAPH_S = 1.18e-3
+GRAPH_S = 1.38e-3
 """`Software.expert_s` with CUDA graphs, or with a fixed number of rows for each expert. Fitted."""
 HIDES_EXCHANGE = 0.9
 """Megatron-Core overlaps the exchange with another microbatch's products, which needs virtual stages."""
