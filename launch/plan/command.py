@@ -16,7 +16,7 @@ from launch.plan.goodput import add_options, draw_goodput, goodput_json, goodput
 from launch.plan.picture import draw
 from launch.plan.planner import Plan, make_plan, world_of
 from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
-from launch.plan.search import search
+from launch.plan.search import limiting_field, search
 from launch.plan.tables import show, show_search
 from launch.user_errors import exit_status
 from recipes.schema.errors import StratumError
@@ -125,7 +125,9 @@ def _scale(recipe: Recipe, options: argparse.Namespace) -> int:
 
 
 def _search(recipe: Recipe, options: argparse.Namespace) -> int:
-    found = search(recipe, world=world_of(recipe, options.gpus), device=device_named(options.device), top=options.top)
+    world, device = world_of(recipe, options.gpus), device_named(options.device)
+    found = search(recipe, world=world, device=device, top=options.top)
+    limit = limiting_field(recipe, found, world=world, device=device)
     if options.json:
         best = as_json(found.best[0].plan, ranks=False) if found.best else {"problems": list(found.rejected)}
         lines = [
@@ -140,10 +142,11 @@ def _search(recipe: Recipe, options: argparse.Namespace) -> int:
             for candidate in found.best
         ]
         sys.stdout.write(
-            json.dumps({**best, "candidates": lines, "tried": found.tried, "rejected": found.rejected}) + "\n"
+            json.dumps({**best, "candidates": lines, "tried": found.tried, "rejected": found.rejected, "limit": limit})
+            + "\n"
         )
     else:
-        show_search(found, recipe)
+        show_search(found, recipe, limit=limit)
         if options.picture is not None and found.best:
             draw(found.best[0].plan, options.picture)
             sys.stdout.write(f"Picture of the first: {options.picture}\n")

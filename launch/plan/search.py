@@ -23,6 +23,12 @@ from recipes.schema.pattern import CUT, balanced_ranges, cut, layer_kinds
 from recipes.schema.recipe import Recipe
 
 MAX_MICROBATCH_ROWS = 8
+VIRTUAL = (1, 2, 3, 4, 8)
+"""Chunks of a stage to try."""
+MORE_ROWS = 4
+"""How many times more rows of a step the search tries, to see whether `run.global_rows` limits the speed."""
+LIMITS = 1.10
+"""A field is named if a step with more of it is at least this many times faster for each row."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,40 @@ class SearchResult:
     """Reason -> number of layouts."""
 
 
-def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> SearchResult:
-    """Plan every layout of `recipe` on `world` GPUs. Model, data, precision and rows of a step are not changed.
+def limiting_field(recipe: Recipe, found: SearchResult, *, world: int, device: Device) -> str:
+    """Text: the field of the recipe that limits the speed and what more of it gives; "" if none was found.
+
+    It is `run.global_rows` if a step with `MORE_ROWS` times as many uses the GPUs better. Of its layouts, those with the virtual
+    stages and the recomputation of the best one are planned.
+    """
+    if not found.best:
+        return ""
+    rows, best = recipe.run.global_rows, found.best[0].plan
+    larger = replace(recipe, run=replace(recipe.run, global_rows=MORE_ROWS * rows))
+    more = search(larger, world=world, device=device, top=1, near=best.recipe.parallel)
+    if not more.best or more.best[0].plan.tokens_per_s_per_gpu < LIMITS * best.tokens_per_s_per_gpu:
+        return ""
+    other = more.best[0].plan
+    return (
+        f"run.global_rows={rows:,} limits the speed: {rows / world:.3g} rows for each of {world:,} GPUs. With "
+        f"run.global_rows={MORE_ROWS * rows:,}, {other.layout.describe()} reaches {other.mfu:.1%} MFU instead of {best.mfu:.1%} "
+        f"({other.tokens_per_s_per_gpu / best.tokens_per_s_per_gpu:.1f} times the tokens/s). A larger step changes the training: "
+        f"adapt optim.lr, or use fewer GPUs."
+    )
+
+
+def search(
+    recipe: Recipe, *, world: int, device: Device, top: int = 8, near: ParallelConfig | None = None
+) -> SearchResult:
+    """Plan every layout of `recipe` on `world` GPUs. Model, data, precision and rows of a step are not changed. near: only
+    layouts with its recomputation, and with its number of virtual stages or without any.
 
     If no data-parallel degree divides the rows of a step, `rejected` says so.
     """
     rejected: Counter[str] = Counter()
     plans: list[Plan] = []
     tried, facts = 0, facts_of(recipe, device)
-    for parallel, rows in _layouts(recipe, world=world, device=device):
+    for parallel, rows in _layouts(recipe, world=world, device=device, near=near):
         tried += 1
         candidate = replace(recipe, parallel=parallel, run=replace(recipe.run, microbatch_rows=rows))
         try:
@@ -85,11 +116,9 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Searc
         plans.append(plan)
     if not tried:
         step_rows = recipe.run.global_rows
-        # The other degrees are powers of two, so every data-parallel degree is a multiple of the odd part of the world.
-        odd = world // (world & -world)
         rejected[
             f"no layout: run.global_rows={step_rows} is not a multiple of the data-parallel ranks of {world} GPUs. Use "
-            f"run.global_rows={-(-step_rows // odd) * odd} or other --gpus"
+            f"run.global_rows={-(-step_rows // world) * world} or other --gpus"
         ] += 1
     plans.sort(key=lambda plan: (plan.time.seconds, plan.fullest.total))
     best = [
@@ -122,28 +151,31 @@ def balanced_cut(recipe: Recipe, *, layout: Layout, device: Device) -> list[str]
     return ["".join(kinds[start:end]) for start, end in balanced_ranges(costs, stages)]
 
 
-def _layouts(recipe: Recipe, *, world: int, device: Device) -> Iterator[tuple[ParallelConfig, int]]:
-    """Every combination to try: degrees (powers of two), virtual stages, rows of a microbatch, recomputation."""
+def _layouts(
+    recipe: Recipe, *, world: int, device: Device, near: ParallelConfig | None
+) -> Iterator[tuple[ParallelConfig, int]]:
+    """Every combination to try: degrees, virtual stages, rows of a microbatch, recomputation. Degrees divide the world, and those
+    over matrices and sequences also divide their sizes."""
     model, row = recipe.model, recipe.data.row_tokens
     kinds = layer_kinds(model.pattern)
-    tensors = [d for d in _doublings(min(world, max(1, device.domain), 16)) if not model.vocab % d]
-    contexts = [d for d in _doublings(min(world, 32)) if d == 1 or row // d >= 4096]
-    pipelines = [d for d in _doublings(min(world, len(kinds), 32))]
+    recomputes = ("none", "full") if near is None else (near.recompute,)
+    tensors = [d for d in _divisors(world, min(max(1, device.domain), 16)) if not model.vocab % d]
+    contexts = [d for d in _divisors(world, 32) if d == 1 or (row // d >= 4096 and not row % (2 * d))]
+    pipelines = _divisors(world, min(len(kinds), 32))
     for tensor, context, pipeline in itertools.product(tensors, contexts, pipelines):
         degrees = tensor * context * pipeline
         if world % degrees:
             continue
         stage = world // pipeline
-        experts = (
-            [d for d in _doublings(stage) if not stage % d and not model.experts.count % d] if "E" in kinds else [1]
-        )
+        experts = [d for d in _divisors(stage, stage) if not model.experts.count % d] if "E" in kinds else [1]
         data = world // degrees
         if recipe.run.global_rows % data:
             continue
         share = recipe.run.global_rows // data
-        rows = [count for count in _doublings(min(share, MAX_MICROBATCH_ROWS)) if not share % count]
-        virtuals = [v for v in _doublings(8) if v == 1 or (pipeline > 1 and pipeline * v <= len(kinds))]
-        for expert, virtual, count, recompute in itertools.product(experts, virtuals, rows, ("none", "full")):
+        rows = _divisors(share, MAX_MICROBATCH_ROWS)
+        chunks = VIRTUAL if near is None else (1, near.virtual_pipeline)
+        virtuals = [v for v in dict.fromkeys(chunks) if v == 1 or (pipeline > 1 and pipeline * v <= len(kinds))]
+        for expert, virtual, count, recompute in itertools.product(experts, virtuals, rows, recomputes):
             yield (
                 replace(
                     recipe.parallel,
@@ -162,12 +194,8 @@ def _layouts(recipe: Recipe, *, world: int, device: Device) -> Iterator[tuple[Pa
             )
 
 
-def _doublings(most: int) -> list[int]:
-    found, value = [], 1
-    while value <= most:
-        found.append(value)
-        value *= 2
-    return found
+def _divisors(number: int, most: int) -> list[int]:
+    return [value for value in range(1, min(number, most) + 1) if not number % value]
 
 
 def _uncut(recipe: Recipe) -> Recipe:

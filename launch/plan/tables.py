@@ -192,8 +192,8 @@ def _print_problems(out: Console, plan: Plan) -> None:
         out.print("\nThis run can start. Times are predictions: docs/plan.md says how accurate they are.")
 
 
-def show_search(found: SearchResult, recipe: Recipe) -> None:
-    """Print the best layouts of a search."""
+def show_search(found: SearchResult, recipe: Recipe, *, limit: str) -> None:
+    """Print the best layouts of a search, and the field that limits them (`launch.plan.search.limiting_field`)."""
     out = console()
     if not found.best:
         out.print(f"None of {found.tried:,} layouts works:")
@@ -227,6 +227,8 @@ def show_search(found: SearchResult, recipe: Recipe) -> None:
         out.print(table)
         words = " ".join(found.best[0].overrides) or "none: the recipe is the best already"
         out.print(f"\nThe first layout as overrides:\n  {words}", soft_wrap=True)
+    if limit:
+        out.print("\n" + limit, soft_wrap=True)
     if found.rejected:
         out.print("\nNot shown:")
         for reason, count in found.rejected.items():

@@ -4,10 +4,12 @@ launch/plan/published/software.py.
 
     python -m tests.bench.planner_fit                            the three thirds
     python -m tests.bench.planner_fit --leave-out publisher      one publisher at a time (model, gpu): fitted on the others' rows
+    python -m tests.bench.planner_fit --experts                  only the constants of experts; and each family of models left out
 
-The first row of every third configuration of each source is fitted on; a row weighs 1 over the root of how many its source
-has. Coordinate descent on the mean absolute log error, capped at 0.5 so that no row rules. Leaving out starts from values that
-know no row (`NEUTRAL`): a constant none of the remaining rows speaks of takes its nearest relative's value (`RELATIVES`).
+The first row of every third configuration of each source is fitted on. A row weighs 1 over the root of how many its publisher
+has of its GPU generation and format, so that no publisher rules a constant. Coordinate descent on the mean absolute log error,
+capped at 0.5 so that no row rules. Leaving out starts from values that know no row (`NEUTRAL`): a constant none of the remaining
+rows speaks of takes its nearest relative's value (`RELATIVES`).
 """
 
 import argparse
@@ -15,7 +17,7 @@ import math
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +50,12 @@ RELATIVES = {
     "ampere attention": "hopper attention",
 }  # fmt: skip
 
+EXPERTS = {
+    "route": Efficiency().route, "expert hybrid": Efficiency().expert_hybrid,
+    "expert host": programs.TUNED.expert_s, "expert graph": programs.GRAPH_S,
+}  # fmt: skip
+NEUTRAL |= {"route": 1.0, "expert hybrid": 1.0, "expert host": 1e-3, "expert graph": 1e-3}
+
 Constants = dict[str, float]
 Known = tuple[dict[str, str], Published]
 
@@ -56,7 +64,11 @@ def main() -> int:
     """Fit, test, cross-validate."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--leave-out", choices=("publisher", "model", "gpu"), help="refit without each, predict it")
-    wanted = parser.parse_args().leave_out
+    parser.add_argument(
+        "--experts", action="store_true", help="fit only the constants of experts, on rows with experts"
+    )
+    own = parser.parse_args()
+    wanted = own.leave_out
     known: list[Known] = []
     for row in (row for file in (PUBLISHED, PUBLISHED_LATER) for row in read_rows(file)):
         try:
@@ -71,6 +83,9 @@ def main() -> int:
             first[key] = (row, found)
             order[row["src"]].append(key)
     place = {key: index for keys in order.values() for index, key in enumerate(keys)}
+    if own.experts:
+        fit_experts(known, first, place)
+        return 0
     if wanted is not None:
         leave_out(wanted, known, first, place)
         return 0
@@ -120,6 +135,38 @@ def leave_out(
     )
 
 
+def fit_experts(known: Sequence[Known], first: dict[tuple[str, ...], Known], place: dict[tuple[str, ...], int]) -> None:
+    """Fit the constants of experts on each third, then without each family of models, whose rows are predicted."""
+    rows = [one for one in known if has_experts(one[1].setting)]
+    distinct = [one for one in first.values() if has_experts(one[1].setting)]
+    start = present() | {name: NEUTRAL[name] for name in EXPERTS}
+    sys.stdout.write(
+        f"neutral: {len(rows)} rows {score(rows, start)}; the constants in the code {score(rows, present())}\n"
+    )
+    for turn in range(FIT_EVERY):
+        fit = [one for one in distinct if place[configuration(*one)] % FIT_EVERY == turn]
+        test = [one for one in rows if place[configuration(*one)] % FIT_EVERY != turn]
+        constants = descend(fit, start, only=EXPERTS, passes=14)
+        sys.stdout.write(f"third {turn + 1}: fitted on {len(fit)} rows {score(fit, constants)}; ")
+        sys.stdout.write(f"tested on {len(test)} {score(test, constants)}\n")
+        sys.stdout.write("".join(f"    {name:28} {constants[name]:.5f}\n" for name in EXPERTS))
+        sys.stdout.flush()
+    every: list[float] = []
+    for name in sorted({_family(row["model"]) for row, _ in rows}):
+        out = [one for one in rows if _family(one[0]["model"]) == name]
+        fit = [one for one in distinct if _family(one[0]["model"]) != name]
+        found = errors(out, descend(fit, start, only=EXPERTS, passes=14))
+        every += found
+        sys.stdout.write(f"| without {name} | {len(out)} | {statistics.median(map(abs, found)):.1%} | ")
+        sys.stdout.write(f"{statistics.median(found):+.1%} |\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"all families: {len(every)} rows, median {statistics.median(map(abs, every)):.1%}\n")
+
+
+def has_experts(setting: Setting) -> bool:
+    return any("E" in stage for stage in setting.stages)
+
+
 def _family(model: str) -> str:
     """Llama, Nemotron, GPT, MPT ...: the first word of a model's name; a size alone is nanotron's."""
     word = model.split()[0].split("-")[0].split("_")[0].rstrip("0123456789.").lower()
@@ -131,7 +178,7 @@ def present() -> Constants:
     now = Efficiency()
     found = {f"{generation} {form}": now.gemm[generation][form] for generation, form in HARDWARE}
     found |= {f"{generation} attention": now.attention[generation] for generation in ATTENTION}
-    return found | SOFTWARE
+    return found | SOFTWARE | EXPERTS
 
 
 def with_constants(setting: Setting, constants: Constants) -> Setting:
@@ -159,7 +206,17 @@ def with_constants(setting: Setting, constants: Constants) -> Setting:
         if is_hopper:
             changes["attention"] = constants["2023 attention on hopper"]
         changes["products"] = constants["titan products"]
-    efficiency = replace(now, gemm=gemm, attention=attention)
+    if software.expert_s == programs.TUNED.expert_s:
+        changes["expert_s"] = constants["expert host"]
+    elif software.expert_s == programs.GRAPH_S:
+        changes["expert_s"] = constants["expert graph"]
+    efficiency = replace(
+        now,
+        gemm=gemm,
+        attention=attention,
+        route=constants["route"],
+        expert_hybrid=constants["expert hybrid"],
+    )
     return replace(setting, software=replace(software, **changes), efficiency=efficiency)
 
 
@@ -176,6 +233,9 @@ def depends_on(setting: Setting) -> tuple[str, ...]:
             names += ["2023 attention on hopper"] + (["2023 products on hopper"] if software == "llm-foundry" else [])
     if software == "torchtitan":
         names += ["titan products"]
+    if has_experts(setting):
+        names += ["route", "expert graph" if setting.software.expert_s == programs.GRAPH_S else "expert host"]
+        names += ["expert hybrid"] * setting.is_expert_hybrid
     return tuple(name for name in names if name in NEUTRAL)
 
 
@@ -184,10 +244,13 @@ def errors(some: Sequence[Known], constants: Constants) -> list[float]:
     return [step_time(with_constants(found.setting, constants)).seconds / found.step_s - 1 for _, found in some]
 
 
-def descend(fit: Sequence[Known], constants: Constants, *, passes: int = 8) -> Constants:
-    """Coordinate descent in steps of a shrinking factor."""
-    sizes = Counter(row["src"] for row, _ in fit)
-    weights = [sizes[row["src"]] ** -0.5 for row, _ in fit]
+def descend(
+    fit: Sequence[Known], constants: Constants, *, passes: int = 8, only: Collection[str] | None = None
+) -> Constants:
+    """Coordinate descent in steps of a shrinking factor. only: the constants that may change; None: all."""
+    groups = [(publisher(row), found.setting.device.generation, found.setting.low) for row, found in fit]
+    sizes = Counter(groups)
+    weights = [sizes[group] ** -0.5 for group in groups]
     needs = [depends_on(found.setting) for _, found in fit]
     before: list[dict[tuple[float, ...], float]] = [{} for _ in fit]
 
@@ -201,8 +264,8 @@ def descend(fit: Sequence[Known], constants: Constants, *, passes: int = 8) -> C
         return total / sum(weights)
 
     constants = dict(constants)
-    spoken = {name for names in needs for name in names}
-    step = dict.fromkeys(sorted(spoken, key=list(constants).index), 0.12)
+    spoken = {name for names in needs for name in names if only is None or name in only}
+    step = dict.fromkeys(sorted(spoken, key=list(constants).index), 0.12 if only is None else 0.4)
     best = loss(constants)
     for _ in range(passes):
         for name in step:

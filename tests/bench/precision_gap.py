@@ -30,6 +30,7 @@ RUNS = {
     "fp8_delayed": ["precision=fp8_delayed"],
     "mxfp8": ["precision=mxfp8"],
     "nvfp4": ["precision=nvfp4"],
+    "nemotron3_super": ["precision=nemotron3_super"],
     "nvfp4_then_bf16": ["precision=nvfp4", "precision.switch_at_tokens=838860", "precision.scaling_after=none"],
     "unscaled": ["precision=fp8_current", "precision.scaling=unscaled"],
     "bf16_other_seed": ["precision=bf16", "run.seed=4321"],

@@ -20,7 +20,7 @@ class Efficiency:
             "ampere": {"bf16": 0.784, "fp32": 0.80},
             "ada": {"bf16": 0.70, "fp8": 0.60, "fp32": 0.80},
             "hopper": {"bf16": 0.749, "fp8": 0.769, "fp32": 0.80},
-            "blackwell": {"bf16": 0.53, "fp8": 0.572, "fp4": 0.242, "fp32": 0.80},
+            "blackwell": {"bf16": 0.53, "fp8": 0.572, "fp4": 0.40, "fp32": 0.80},
             "blackwell_ultra": {"bf16": 0.53, "fp8": 0.903, "fp4": 0.50, "fp32": 0.80},
         }
     )
@@ -49,6 +49,11 @@ class Efficiency:
     """Fraction of time lost for each doubling of the number of nodes (stragglers, longer rings)."""
     tail: float = 0.5
     """Share of a wave of tiles that a matrix product wastes at its end, on average."""
+    route: float = 1.36
+    """Sorting rows by expert and back: memory traffic relative to reading and writing each row once. Fitted."""
+    expert_hybrid: float = 4.04
+    """Elementwise kernels of hybrids with experts: memory traffic relative to fused kernels, whatever the program. Fitted. The
+    cause is not known; dense hybrids do not need it."""
     kernel_s: float = 4e-6
     """Seconds from the end of one kernel to the start of the next."""
     hop_s: float = 10e-6
@@ -76,6 +81,11 @@ class Software:
     """Share of tensor-parallel traffic that overlaps with matrix products."""
     hides_data: float = 0.95
     """Share of data-parallel traffic that may overlap with matrix products."""
+    expert_s: float = 2.88e-3
+    """Seconds of an expert layer, forward and backward, that do not depend on its tokens: the host waits for the counts of the
+    experts and starts many small kernels (arXiv 2603.07685 names the cause). Fitted."""
+    hides_exchange: float = 0.0
+    """Share of the traffic to and from experts that overlaps with products of another microbatch."""
     gradient_bytes: int = 4
     """Bytes of one gradient in the reduction."""
 

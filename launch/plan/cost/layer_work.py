@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import GATED, LayerKind, visible_keys
+from recipes.schema.pattern import ATTENTION, GATED, LayerKind, visible_keys
 from recipes.schema.scaling import LINEARS, linear_shapes
 
 
@@ -30,6 +30,34 @@ class Gemm:
     @property
     def flops(self) -> float:
         return 2.0 * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1), which published models have and no recipe: queries, keys and
+    values are made from small latents. A head has 128 numbers without and 64 with rotation, and 128 of a value."""
+
+    keys: int
+    """Width of the latent of keys and values."""
+    query: int = 0
+    """Width of the latent of queries; 0: they are made from the hidden state."""
+    plain: int = 128
+    rotated: int = 64
+
+    def shapes(self, model: ModelConfig, tensor: int) -> list[tuple[int, int]]:
+        """(out, in) of its linear layers on one tensor rank. Down-projections are not split."""
+        heads, per_query = model.heads // tensor, self.plain + self.rotated
+        queries = (
+            [(self.query, model.hidden), (heads * per_query, self.query)]
+            if self.query
+            else [(heads * per_query, model.hidden)]
+        )
+        keys = [(self.keys + self.rotated, model.hidden), (heads * 2 * self.plain, self.keys)]
+        return [*queries, *keys, (model.hidden, heads * self.plain)]
+
+    def weights(self, model: ModelConfig) -> int:
+        """Number of weights of one layer."""
+        return sum(out * into for out, into in self.shapes(model, 1))
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,8 @@ class LayerWork:
     """Number of weights in matrix products on this rank, without those of routed experts."""
     expert_weights: int = 0
     """Number of weights of routed experts on this rank."""
+    routed_bytes: float = 0.0
+    """Memory traffic of sorting rows by expert, and weighting and summing them, forward (4 of 9 parts) and backward."""
     expert_bytes: float = 0.0
     """Rows that this rank sends to experts, as bytes: once forward, and as many come back; backward the same."""
     expert_tensor_bytes: float = 0.0
@@ -74,19 +104,22 @@ def layer_work(
     split_sequence: bool,
     is_low: bool,
     scalings: Mapping[str, str] | None = None,
+    latent: LatentAttention | None = None,
 ) -> LayerWork:
     """Work of one layer. tokens: T. sequence: tokens of a whole row, which a query can attend to. scalings: those of the linears
-    that do not have the layer's.
+    that do not have the layer's. latent: the attention of the model, if it is not the recipe's.
 
     Loads of experts are taken as balanced.
     """
     share = tensor if split_sequence else 1
     gemms = tuple(_gemms(kind, model, tokens, share, tensor, expert, expert_tensor, is_low, scalings or {}))
+    if latent is not None and kind in ATTENTION:
+        gemms = tuple(Gemm(tokens, out, into, is_low) for out, into in latent.shapes(model, tensor))
     # In units of T x hidden: the norm reads one and writes one, the residual sum reads two and writes one. Backward, the norm
     # reads two and writes one, and the sum of gradients reads two and writes one.
     norm = 2.0 * model.hidden * tokens / share
     forward, backward = (7 * norm, 9 * norm) if model.post_norms else (5 * norm, 6 * norm)
-    score_flops = scan_flops = ring = exchange = exchanged = gathered = 0.0
+    score_flops = scan_flops = ring = exchange = exchanged = gathered = routed = 0.0
     match kind:
         case "-":
             gates = 2 if model.activation in GATED else 1
@@ -101,12 +134,15 @@ def layer_work(
             sent = tokens / share * experts.top_k
             inner = 2.0 * (sent * experts.ffn + tokens * experts.shared_ffn / tensor)
             rows = 2.0 * sent * width  # sorted by expert, and weighted and summed: each is read and written
-            forward += (branches + 1) * inner + 4 * rows
-            backward += (2 * branches + 1) * inner + 5 * rows
+            forward += (branches + 1) * inner
+            backward += (2 * branches + 1) * inner
+            routed = 9 * rows
             exchanged, gathered = rows, rows * expert_tensor
         case "*" | "w":
             query = model.heads * model.head_dim / tensor
             keys = model.kv_heads * model.head_dim / tensor
+            if latent is not None:  # scores of 192 numbers and values of 128: their mean
+                query = keys = model.heads * (latent.plain + latent.rotated / 2) / tensor
             window = model.window_tokens if kind == "w" else None
             score_flops = 4.0 * tokens * visible_keys(sequence, window=window) * query
             rotated = (query + keys) if model.position == "rope" else 0.0
@@ -144,6 +180,7 @@ def layer_work(
         exchange_bytes=exchange,
         weights=sum(gemm.n * gemm.k for gemm in gemms if not gemm.experts),
         expert_weights=sum(gemm.n * gemm.k * gemm.experts for gemm in gemms),
+        routed_bytes=routed,
         expert_bytes=exchanged if expert > 1 else 0.0,
         expert_tensor_bytes=gathered if expert_tensor > 1 else 0.0,
     )

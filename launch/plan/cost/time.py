@@ -16,7 +16,7 @@ from typing import Literal
 
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import MEGATRON, Efficiency, Software
-from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work, projection_work
+from launch.plan.cost.layer_work import Gemm, LatentAttention, LayerWork, head_work, layer_work, projection_work
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
 from recipes.schema.muon import iteration_cost, layer_matrices
@@ -73,6 +73,8 @@ class Setting:
     """How Muon updates matrices; None: AdamW updates them."""
     ema: bool = False
     """Whether the optimizer averages the weights."""
+    latent: LatentAttention | None = None
+    """Multi-head latent attention of a published model."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -80,6 +82,11 @@ class Setting:
     def tokens(self) -> int:
         """Tokens of a microbatch on one context rank."""
         return self.rows * self.sequence // self.layout.context
+
+    @property
+    def is_expert_hybrid(self) -> bool:
+        """Whether the model has Mamba-2 layers and experts."""
+        return {"M", "E"} <= set("".join(self.stages))
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ def _work(setting: Setting, kind: LayerKind, *, is_low: bool, scalings: Mapping[
         split_sequence=setting.split_sequence,
         is_low=is_low,
         scalings=scalings,
+        latent=setting.latent,
     )
 
 
@@ -243,14 +251,17 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     scan = work.scan_flops / (tensor_peak * eff.scan)
     parts["scores"] += 3.5 * scores  # backward recomputes the scores: five products instead of two
     parts["scan"] += 3.5 * scan
-    elementwise = work.forward_bytes * software.elementwise / memory
-    parts["elementwise"] += elementwise + work.backward_bytes * software.elementwise / memory
+    unfused = max(software.elementwise, eff.expert_hybrid) if setting.is_expert_hybrid else software.elementwise
+    elementwise = work.forward_bytes * unfused / memory
+    parts["elementwise"] += elementwise + work.backward_bytes * unfused / memory
     parts["elementwise"] += (
         2 * setting.software.gradient_bytes * (work.weights + work.expert_weights) / memory
     )  # adding to the gradient sums
     cast = sum(_cast_bytes(setting, gemm) for gemm in work.gemms) / memory
     parts["quantise"] += cast
-    parts["launch"] += eff.kernel_s * (20 if kind != "head" else 10)
+    parts["launch"] += eff.kernel_s * (20 if kind != "head" else 10) + (software.expert_s if kind == "E" else 0.0)
+    routing = work.routed_bytes * eff.route / memory
+    parts["elementwise"] += routing
 
     if work.tensor_collectives[0]:
         size = work.tensor_bytes * (setting.layout.tensor - 1) / setting.layout.tensor
@@ -263,7 +274,7 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     exchange = _expert_exchange(setting, work)
     parts["exchange"] += 2 * exchange
     parts["recompute"] += recompute * exchange
-    parts["recompute"] += recompute * (forward + scores + scan + elementwise + cast / 3)
+    parts["recompute"] += recompute * (forward + scores + scan + elementwise + 4 / 9 * routing + cast / 3)
     return parts
 
 
@@ -291,12 +302,14 @@ def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
 
 
 def _expert_exchange(setting: Setting, work: LayerWork) -> float:
-    """Seconds of sending rows to experts and back, forward. Nothing hides it."""
+    """Seconds of sending rows to experts and back, forward, that do not overlap with products."""
     layout, seconds = setting.layout, 0.0
     if work.expert_bytes:
         speed = _bandwidth(setting, size=layout.expert, stride=layout.expert_tensor)
         share = (layout.expert - 1) / layout.expert
-        seconds += 2 * (work.expert_bytes * share / speed + setting.efficiency.hop_s)
+        seconds += (
+            2 * (work.expert_bytes * share / speed + setting.efficiency.hop_s) * (1 - setting.software.hides_exchange)
+        )
     if work.expert_tensor_bytes:
         speed = _bandwidth(setting, size=layout.expert_tensor, stride=1)
         share = (layout.expert_tensor - 1) / layout.expert_tensor
@@ -309,10 +322,9 @@ def _cast_bytes(setting: Setting, gemm: Gemm) -> float:
     if not gemm.is_low or setting.low is None:
         return 0.0
     elements = gemm.m * (gemm.k + gemm.n)
-    reads = (
-        4.0 if (gemm.scaling or setting.scaling) == "current" else 2.0
-    )  # current scaling reads once more, for the largest magnitude
-    return elements * (reads + 2.0)
+    # Current scaling reads once more, for the largest magnitude. NVFP4 does so too, and writes half as much.
+    reads, writes = {"current": (4.0, 2.0), "nvfp4": (4.0, 1.125)}.get(gemm.scaling or setting.scaling, (2.0, 2.0))
+    return elements * (reads + writes)
 
 
 def _context(setting: Setting, work: LayerWork, scores: float) -> Parts:
@@ -360,6 +372,7 @@ def _rank_weights(setting: Setting, stage: int) -> tuple[float, float]:
                 expert_tensor=layout.expert_tensor,
                 split_sequence=False,
                 is_low=False,
+                latent=setting.latent,
             )
             total += count * work.weights
             of_experts += count * work.expert_weights

@@ -66,6 +66,7 @@ def step_traffic(setting: Setting) -> StepTraffic:
             expert_tensor=layout.expert_tensor,
             split_sequence=setting.split_sequence,
             is_low=False,
+            latent=setting.latent,
         )
         times = per_rank * count
         recompute = setting.recompute
@@ -111,6 +112,7 @@ def _weights(setting: Setting, kind: str) -> LayerWork:
         expert_tensor=setting.layout.expert_tensor,
         split_sequence=False,
         is_low=False,
+        latent=setting.latent,
     )
 
 

@@ -71,7 +71,8 @@ def published_memory(found: Published) -> float | None:
             # fp32 weights, gradients and moments, all sharded; two blocks and the head gathered in bf16.
             state = numel * 16 / (layout.data * layout.context)
             state += 2 * 2 * numel * 2 / layers + 2 * setting.model.vocab * setting.model.hidden / layout.tensor
-            kept = layers / 2 * (block * KEPT_BY_SELECTION if setting.recompute < 1 else hidden_bytes(shape))
+            flight = min(layout.pipeline - stage, layout.microbatches_per_step)
+            kept = flight * layers / 2 * (block * KEPT_BY_SELECTION if setting.recompute < 1 else hidden_bytes(shape))
             kept += block + (LOSS_COMPILED if found.is_loss_compiled else LOSS_EAGER) * logits
             if layout.tensor > 1:  # inputs gathered over tensor ranks are kept while a block is recomputed
                 kept += 2 * hidden_bytes(shape) * layout.tensor

@@ -1,17 +1,22 @@
-"""From a published model's name to a recipe's model fields, by the table `public_models.toml` in this folder.
+"""From a published model's name to a recipe's model fields, by `public_models.toml` and `expert_models.toml` in this folder.
 
 "LLAMA3.1_405B", "Llama 3.1 405B" --> pattern `*-` x 126, hidden 16384, ...
 "GPT 7.1B (L30 h4096 a32 vocab131072)" --> the shape written in the name
-"Mixtral 8x22B", "Qwen3_235B_a22B" --> NotExpressible: experts
+"Mixtral 8x22B", "Qwen3_235B_a22B" --> pattern `*E` x 56, x 94, ...
+"DeepSeekV4 Flash" --> NotExpressible: experts, and a shape that is not in the table
 """
 
 import re
 import tomllib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.plan.cost.layer_work import LatentAttention
+from recipes.schema.experts import ExpertsConfig
 from recipes.schema.model import ModelConfig
+from recipes.schema.mtp import MtpConfig
 
 _EXPERTS = re.compile(
     r"mixtral|\bmoe\b|deepseek ?(v[2-9]|r1(?! distill)|moe)|gpt ?oss|"
@@ -44,9 +49,13 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
     """The fields of a published model. source: the publisher, for names that contain only a size. Raises NotExpressible."""
     if not name.strip():
         raise NotExpressible("model not named")
-    plain = re.sub(r"[_/-]+", " ", name.lower())
+    plain = _plain(name)
+    entry = _expert_entry(plain)
+    if entry is not None:
+        further = 0 if re.search(r"w/?o ?mtp|without ?mtp", name.lower()) else entry.get("mtp", 0)
+        return _expert_config(entry, further)
     if _EXPERTS.search(plain):
-        raise NotExpressible("mixture of experts: a recipe has no expert layers")
+        raise NotExpressible("experts: no public shape in the table (launch/plan/published/expert_models.toml)")
     if _OTHER.search(plain):
         raise NotExpressible("not a decoder-only language model")
     written = _written_shape(plain)
@@ -77,6 +86,44 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
                 return _config(shape)
     raise NotExpressible(
         f"no public shape known for {family} {version} {size.group(0)} (launch/plan/published/public_models.toml)"
+    )
+
+
+def latent_attention(name: str) -> LatentAttention | None:
+    """Multi-head latent attention of a published model, which no recipe can express; None if it has ordinary attention."""
+    entry = _expert_entry(_plain(name))
+    if entry is None or "latent_keys" not in entry:
+        return None
+    return LatentAttention(query=entry.get("latent_query", 0), keys=entry["latent_keys"])
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[_/-]+", " ", name.lower())
+
+
+def _expert_entry(plain: str) -> dict[str, Any] | None:
+    return next((entry for entry in _expert_table() if re.search(entry["name"], plain)), None)
+
+
+@cache
+def _expert_table() -> list[dict[str, Any]]:
+    return tomllib.loads((Path(__file__).parent / "expert_models.toml").read_text())["model"]
+
+
+def _expert_config(entry: dict[str, Any], further: int) -> ModelConfig:
+    pattern = entry.get("pattern") or _blocks(entry)
+    if "pattern" not in entry:
+        every, dense = entry.get("every", 1), entry.get("dense", 0)
+        blocks = re.findall("..", pattern)
+        pattern = "".join(
+            f"{block[0]}E" if layer >= dense and (layer + 1) % every == 0 else block
+            for layer, block in enumerate(blocks)
+        )
+    config = _config(entry | {"pattern": pattern})
+    return replace(
+        config,
+        experts=ExpertsConfig(**entry["experts"]),
+        mtp=MtpConfig(depths=further, pattern="*E", repeated=entry.get("shared_mtp", False)),
     )
 
 

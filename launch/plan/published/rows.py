@@ -12,11 +12,18 @@ from pathlib import Path
 from launch.plan.cost.device import Format, find_device
 from launch.plan.cost.time import Setting
 from launch.plan.published.cells import gpu_count, integer, number
-from launch.plan.published.models import NotExpressible, model_named
+from launch.plan.published.models import NotExpressible, latent_attention, model_named
 from launch.plan.published.software import Row, shards_of, software_of
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
-from recipes.schema.pattern import ATTENTION, balanced_ranges, layer_kinds, layer_matmul_weights
+from recipes.schema.pattern import (
+    ATTENTION,
+    balanced_ranges,
+    layer_kinds,
+    layer_matmul_weights,
+    mtp_kinds,
+    mtp_projection_weights,
+)
 
 PUBLISHED = Path(__file__).parent / "published_throughput.csv"
 """333 rows collected from public documents; each row's `src` names its document."""
@@ -83,7 +90,10 @@ def published(row: Row) -> Published:
     low, scaling = _precision(get("precision", ""), assumed)
     if low is not None and low not in device.peak:
         raise OutOfScope(f"{device.name} has no {low} matrix products")
-    layout, rows = _layout(row, world=world, sequence=sequence, assumed=assumed)
+    has_experts = "E" in layer_kinds(model.pattern)
+    layout, rows = _layout(row, world=world, sequence=sequence, has_experts=has_experts, assumed=assumed)
+    if has_experts and model.experts.count % layout.expert:
+        raise OutOfScope(f"EP{layout.expert} does not divide {model.experts.count} experts")
     setting = Setting(
         model=model,
         layout=layout,
@@ -93,9 +103,11 @@ def published(row: Row) -> Published:
         device=device,
         low=low,
         scaling=scaling,
+        high_precision_layers=_tail(row, model, assumed),
         split_sequence=layout.tensor > 1,
         recompute=_recompute(get("recompute", "")),
-        software=software_of(row, device.generation, is_hybrid="M" in layer_kinds(model.pattern)),
+        latent=latent_attention(row["model"]),
+        software=software_of(row, device, model=model, layout=layout),
     )
     return Published(
         setting=setting,
@@ -129,19 +141,33 @@ def _precision(text: str, assumed: list[str]) -> tuple[Format | None, str]:
     return None, "none"
 
 
-def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple[Layout, int]:
+TAIL = 0.15
+"""Share of the layers at the end that stay in bf16 where a row says so without a number (NVFP4's recipe, arXiv 2509.25149)."""
+
+
+def _tail(row: Row, model: ModelConfig, assumed: list[str]) -> frozenset[int]:
+    """Indexes of the layers in bf16 of a row in low precision."""
+    if "tail" not in row.get("precision", "").lower():
+        return frozenset()
+    layers = len(layer_kinds(model.pattern))
+    assumed.append(f"last {TAIL:.0%} of the layers in bf16")
+    return frozenset(range(layers - round(TAIL * layers), layers))
+
+
+def _layout(row: Row, *, world: int, sequence: int, has_experts: bool, assumed: list[str]) -> tuple[Layout, int]:
     """(degrees, rows of a microbatch)."""
 
     def degree(name: str) -> int:
         return integer(row.get(name, "")) or 1
 
     tensor, pipeline, context, virtual = degree("tp"), degree("pp"), degree("cp"), degree("vp")
-    if row.get("ep") and degree("ep") > 1:
-        raise OutOfScope("expert parallel")
+    expert = degree("ep") if has_experts else 1
     if world % (tensor * pipeline * context):
         raise OutOfScope(f"TP{tensor} x PP{pipeline} x CP{context} does not divide {world} GPUs")
     in_words = shards_of(row) != "optimizer" or re.search(r"\bddp\b", row.get("extra", "").lower())
-    has_layout = in_words or any(integer(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp"))
+    if world // pipeline % expert:
+        raise OutOfScope(f"EP{expert} does not divide the {world // pipeline} GPUs of a stage")
+    has_layout = in_words or any(integer(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp", "ep"))
     if not has_layout and world > 1:
         raise OutOfScope("layout not published")
     data = world // (tensor * pipeline * context)
@@ -162,29 +188,44 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
         assumed.append("microbatch of 1 row")
     if total is None:
         total = rows * data
-        assumed.append("one microbatch a step")
-        if pipeline > 1:
+        if pipeline > 1 and "torchtitan" not in row.get("src", "").lower():
             raise OutOfScope("global batch not published, and with it the pipeline's microbatches")
+        assumed.append("one batch a step")
+    if pipeline > 1 and "torchtitan" in row.get("src", "").lower():
+        assumed.append(f"a local batch of {rows} in microbatches of 1 row")
+        rows = (
+            1  # its local_batch_size is what a rank reads; the schedule cuts it (pipeline_parallel_microbatch_size, 1)
+        )
     microbatches = max(1, round(total / (rows * data)))
     if pipeline == 1:
         virtual = 1
     elif not row.get("vp") and "nanotron" not in row.get("src", ""):
-        virtual = 4
-        assumed.append("4 virtual pipeline stages")
-    return Layout(world, tensor, pipeline, virtual, context, data, microbatches), rows
+        virtual = _virtual(row.get("extra", "").lower(), assumed)
+    return Layout(world, tensor, pipeline, virtual, context, data, microbatches, expert), rows
+
+
+def _virtual(words: str, assumed: list[str]) -> int:
+    """Virtual stages of a row without that cell. The schedule 1F1B has one chunk a rank; torchtitan's Interleaved1F1B has two."""
+    if re.search(r"(?<!interleaved)(?<!interleaved[ -])1f1b", words):
+        return 1
+    virtual = 2 if "interleaved" in words else 4
+    assumed.append(f"{virtual} virtual pipeline stages")
+    return virtual
 
 
 def _stages(model: ModelConfig, stages: int) -> list[str]:
-    """Pattern of each chunk: whole blocks, evenly divided, with the head counted as the publishers do."""
+    """Pattern of each chunk: whole blocks, evenly divided, with the head and further depths counted as the publishers do."""
     kinds = layer_kinds(model.pattern)
-    blocks = re.findall(r"[*w]-|M-|.", "".join(kinds))
+    blocks = re.findall(r"[*w][-E]|M[-E]|.", "".join(kinds))
     costs = [sum(layer_matmul_weights(kind, model) for kind in block) for block in blocks]  # type: ignore[misc]
     if stages > len(blocks) + 2:
         raise OutOfScope(f"{stages} pipeline chunks for {len(blocks)} blocks")
     if stages > len(blocks):  # embedding and head have chunks of their own
         ends = [""] * (stages - len(blocks))
         return [*ends[1:], *blocks, *ends[:1]]
-    costs[-1] += model.vocab * model.hidden
+    head = model.vocab * model.hidden
+    depth = head + mtp_projection_weights(model) + sum(layer_matmul_weights(kind, model) for kind in mtp_kinds(model))
+    costs[-1] += head + model.mtp.depths * depth
     return ["".join(blocks[a:b]) for a, b in balanced_ranges(costs, stages)]
 
 

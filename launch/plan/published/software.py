@@ -6,14 +6,19 @@ tests/bench/planner_fit.py fits the numbers together with those of `launch.plan.
 import re
 from dataclasses import replace
 
+from launch.plan.cost.device import Device
 from launch.plan.cost.efficiency import Shards, Software
 from launch.plan.published.cells import integer
+from recipes.schema.layout import Layout
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
 
 Row = dict[str, str]
 
 
-def software_of(row: Row, generation: str, *, is_hybrid: bool = False) -> Software:
-    """The program of a row, by its publisher and by words such as `zero-3` and `async`."""
+def software_of(row: Row, device: Device, *, model: ModelConfig, layout: Layout) -> Software:
+    """The program of a row, by its publisher, by words such as `zero-3` and `async`, and by what its public recipes switch on."""
+    generation, kinds = device.generation, layer_kinds(model.pattern)
     source, extra = row.get("src", "").lower(), row.get("extra", "").lower()
     shards = shards_of(row)
     if any(name in source for name in ("llm-foundry", *PLAIN_TORCH)):
@@ -24,7 +29,16 @@ def software_of(row: Row, generation: str, *, is_hybrid: bool = False) -> Softwa
         return replace(base, hides_tensor=TUNED.hides_tensor if "async" in extra else 0.0, shards=shards)
     if "nanotron" in source:
         return NANOTRON
-    return replace(TUNED, shards=shards, hides_tensor=0.0 if is_hybrid else TUNED.hides_tensor)
+    return replace(
+        TUNED,
+        shards=shards,
+        hides_tensor=0.0 if "M" in kinds else TUNED.hides_tensor,
+        # Recipes for GB200 and GB300 capture router and dispatch in CUDA graphs; experts of fixed capacity need no counts.
+        expert_s=GRAPH_S
+        if device.domain > device.node or re.search("token ?drop", row["model"].lower())
+        else TUNED.expert_s,
+        hides_exchange=HIDES_EXCHANGE if layout.virtual > 1 else 0.0,
+    )
 
 
 def shards_of(row: Row) -> Shards:
@@ -62,6 +76,10 @@ PLAIN_TORCH = (
 TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
 """NVIDIA's and other runs on Megatron-Core: fused kernels, and tensor-parallel traffic that overlaps with products. In
 hybrids the traffic does not overlap, because their recipes do not enable it."""
+GRAPH_S = 1.38e-3
+"""`Software.expert_s` with CUDA graphs, or with a fixed number of rows for each expert. Fitted."""
+HIDES_EXCHANGE = 0.9
+"""Megatron-Core overlaps the exchange with another microbatch's products, which needs virtual stages."""
 TITAN = Software("torchtitan", elementwise=1.74, products=0.92)
 TITAN_HOPPER = replace(TITAN, attention=0.705)
 """With and without torch.compile: separate fits gave the same values."""

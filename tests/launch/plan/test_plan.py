@@ -18,7 +18,7 @@ from launch.compose import compose
 from launch.plan.command import as_json, main
 from launch.plan.cost.device import device_named, devices, find_device
 from launch.plan.planner import make_plan
-from launch.plan.search import search
+from launch.plan.search import limiting_field, search
 from recipes.schema.compress import CompressConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.units import GIB
@@ -238,8 +238,8 @@ def test_goodput_and_scaling_on_the_command_line(tmp_path: Path, capsys: pytest.
         "Advised: checkpoint.every_steps=" in text and "(run.memory_copies)" in text and picture.stat().st_size > 20_000
     )
 
-    status, found, _ = plan(capsys, *words, "--scale", "16,100", "--picture", str(tmp_path / "scale.png"))
-    assert status == 1, "no layout of 100 GPUs divides 768 rows"
+    status, found, _ = plan(capsys, *words, "--scale", "16,101", "--picture", str(tmp_path / "scale.png"))
+    assert status == 1, "no layout of 101 GPUs divides 768 rows"
     fits, not_ = found["points"]
     assert fits["gpus"] == 16 and 0.9 < fits["goodput"] < 1 and fits["mfu"] > 0.4
     assert not not_["works"] and not_["reason"] and (tmp_path / "scale.png").stat().st_size > 20_000
@@ -267,6 +267,31 @@ def test_search_ranks_layouts_that_work_and_says_why(tmp_path: Path) -> None:
     for candidate in found.best:
         stages, layout = candidate.plan.stages, candidate.plan.layout
         assert "".join(stages) == recipe.model.pattern and len(stages) == layout.pipeline * layout.virtual
+
+
+def test_search_names_the_rows_of_a_step_if_they_limit_it(tmp_path: Path) -> None:
+    """Few rows for many GPUs: more of them use the GPUs better. With many rows nothing is named."""
+    folders = {"data.folder": str(tmp_path), "run.folder": str(tmp_path)}
+    device = device_named("h100")
+    for rows, is_limit in ((16, True), (4096, False)):
+        recipe = recipe_with(**folders, **{"run.global_rows": rows, "run.microbatch_rows": 1})
+        found = search(recipe, world=16, device=device, top=1)
+        text = limiting_field(recipe, found, world=16, device=device)
+        assert bool(text) == is_limit, text
+        if is_limit:
+            assert text.startswith(
+                "run.global_rows=16 limits the speed: 1 rows for each of 16 GPUs. With run.global_rows=64, "
+            )
+
+
+def test_search_tries_more_than_powers_of_two(tmp_path: Path) -> None:
+    """12 GPUs and 24 rows: degrees of 3, 6 and 12, microbatches of 3 rows."""
+    recipe = recipe_with(
+        **{"run.global_rows": 72, "run.microbatch_rows": 1, "data.folder": str(tmp_path), "run.folder": str(tmp_path)}
+    )
+    plans = [one.plan for one in search(recipe, world=12, device=device_named("h100"), top=10_000).best]
+    assert {3, 6} & {plan.layout.pipeline for plan in plans} and {plan.layout.data for plan in plans} >= {3, 6, 12}
+    assert {plan.recipe.run.microbatch_rows for plan in plans} >= {1, 2, 3}
 
 
 def test_devices_are_found_by_the_names_people_use() -> None:

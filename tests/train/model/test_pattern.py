@@ -135,6 +135,16 @@ def test_nemotron_3_super_activates_what_its_report_says() -> None:
     assert [round((n - routers) / 1e9, 1) for n in found] == [120.6, 12.7, 12.1]
 
 
+def test_nemotron_3_ultra_has_the_size_its_report_says() -> None:
+    """arXiv 2606.15007: 550B parameters, 55B active (here 55.0B without the embedding), 108 layers."""
+    model = published("nemotron3_ultra_550b_a55b")
+    count, layers = parameters(model), counts(model.pattern)
+    assert (layers["M"], layers["E"], layers["*"]) == (48, 48, 12)
+    each = 512 * 2 * 2048 * 5120 + 2 * 8192 * 10240 + 2 * 8192 * 2048 + 512 * 8192 + 8192
+    assert count.experts == 48 * each
+    assert round(count.total / 1e9, -1) == 550 and round((count.active - count.embedding) / 1e9) == 55
+
+
 def test_parts_of_the_12b() -> None:
     count = parameters(MODELS["12B-v2"])
     assert count.mamba == 28 * 168_504_704
