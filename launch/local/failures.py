@@ -26,6 +26,8 @@ _CONSEQUENCE = re.compile(
     re.IGNORECASE,
 )
 _HUNG = re.compile(r"^hang: (.*)$", re.MULTILINE)
+_WAITED = re.compile(r"^(?:hang|lost peer): (.*)$", re.MULTILINE)
+"""Lines of train.resilience.hangs. Only the first kind waited for launch.timeout_s: a dead peer is seen at once."""
 _SHOWN_LINES = 30
 STACK_S = 0.3
 """Time that a rank gets to write its stack."""
@@ -159,9 +161,9 @@ def failure_message(folder: Path, failures: list[RankFailure], *, seen_live: fro
     text = error_text(folder, first)
     already_shown = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
     head = f"rank {first.rank}{f' on {first.host}' if first.host else ''} failed first, with {describe(first.status)}"
-    hung = _HUNG.findall(text)
-    if hung:
-        head = f"{hung[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
+    waited = _WAITED.findall(text)
+    if waited:
+        head = f"{waited[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
     if not text:
         last = [f"    {line}" for line in last_texts(log_of(folder, first.rank), 5) if first.rank not in seen_live]
         message = [f"{head}, without a message."] + (["Its last lines:", *last] if last else [])

@@ -23,6 +23,10 @@ LLAMA_NODE_MTBF_S = 54 * 86400 * (16384 // 8) / 419
 """Mean seconds between unexpected interruptions of a job for one node of eight H100s: 419 interruptions in 54 days on 16,384 GPUs
 (arXiv 2407.21783, section 3.3.4), so 264 days."""
 
+_MOST_RATIO = 300.0
+"""Restart or cycle, in mean times between failures, that never ends: exp of twice as much is still a float."""
+_DRAWN_ONE_BY_ONE = 100
+
 
 @dataclass(frozen=True)
 class Failures:
@@ -83,7 +87,7 @@ class Outcome:
 def expected_goodput(failures: Failures, saving: Saving) -> float:
     """Expected share of useful time of a long run, in closed form."""
     mean = failures.mean_s
-    if failures.downtime_s + saving.cycle_s + saving.write_s > 500 * mean:
+    if failures.downtime_s + saving.cycle_s + saving.write_s > _MOST_RATIO * mean:
         return 0.0  # nothing ever finishes; exp would overflow
     wait = saving.cycle_s - saving.interval_s - saving.stall_s  # for the previous save; the first save does not wait
     useful = saving.interval_s * math.exp((wait - saving.write_s - failures.downtime_s) / mean)
@@ -140,7 +144,11 @@ def longest_interval(failures: Failures, *, stall_s: float, write_s: float, tole
 
 
 def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int = 0) -> Outcome:
-    """Simulate a run until it has failed `count` times."""
+    """Simulate a run until it has failed `count` times. ValueError for an interval that is not above 0."""
+    if not saving.interval_s > 0:
+        raise ValueError(
+            f"interval_s={saving.interval_s:g}: a run that saves all the time never trains. Use more than 0."
+        )
     generator = random.Random(seed)
     blocks: list[tuple[float, float]] = []
     stalled = lost = restarting = useful = 0.0
@@ -158,6 +166,8 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
                 durable = pending[1] + (skipped - 1) * saving.interval_s
                 pending = (now + saving.write_s, trained)
             work = min(saving.interval_s, until - now)
+            if now + work == now:  # the interval is below the resolution of the clock: a failure every 1e16 intervals
+                break
             now, trained = now + work, trained + work
             if now >= until:
                 break
@@ -174,9 +184,7 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
         if pending is not None and pending[0] <= until:
             durable = pending[1]
         useful, lost, stalled = useful + durable, lost + trained - durable, stalled + waited
-        while (next_one := generator.expovariate(1 / failures.mean_s)) < failures.downtime_s:
-            restarting += next_one
-        restarting += failures.downtime_s
+        restarting += _restarting_s(failures, generator)
         if number % max(1, count // 20) == 0:
             elapsed = useful + lost + stalled + restarting
             blocks.append((useful - block_start[0], elapsed - block_start[1]))
@@ -185,3 +193,22 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
     mean = sum(shares) / len(shares)
     spread = sum((share - mean) ** 2 for share in shares) / max(1, len(shares) - 1)
     return Outcome(useful, stalled, lost, restarting, count, error=math.sqrt(spread / len(shares)))
+
+
+def _restarting_s(failures: Failures, generator: random.Random) -> float:
+    """Time from a failure until training continues. A failure during a restart begins it again.
+
+    The number of failed attempts is drawn at once, because there are exp(R/M) of them on average: played one by one, a restart
+    that takes 60 times the mean time between failures never ends. Many attempts are drawn by their sum's normal distribution.
+    """
+    mean, whole = failures.mean_s, failures.downtime_s
+    ratio = min(whole / mean, _MOST_RATIO)
+    if ratio <= 0:
+        return 0.0
+    attempts = int(math.log1p(-generator.random()) / math.log1p(-math.exp(-ratio)))
+    share = -math.expm1(-ratio)  # of failures that come before the restart's end
+    if attempts < _DRAWN_ONE_BY_ONE:
+        return whole + math.fsum(-mean * math.log1p(-share * generator.random()) for _ in range(attempts))
+    average = mean - whole / math.expm1(ratio)
+    variance = max(0.0, mean**2 - whole**2 * math.exp(ratio) / math.expm1(ratio) ** 2)
+    return whole + max(0.0, generator.gauss(attempts * average, math.sqrt(attempts * variance)))

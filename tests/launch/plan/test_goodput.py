@@ -121,3 +121,18 @@ def test_millions_of_saves_between_failures_are_simulated_quickly() -> None:
     )
     outcome = simulate(failures, saving, count=2000)
     assert outcome.goodput == pytest.approx(expected_goodput(failures, saving), abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [12, 60, 299, 1e6])
+def test_a_run_that_almost_never_restarts_is_simulated_quickly(ratio: float) -> None:
+    """exp(60) attempts for each restart: one by one they never end. The time is M (exp(R/M) - 1) on average."""
+    failures, saving = Failures(10, 10 * ratio, 0), Saving(5, 0.1)
+    played = simulate(failures, saving, count=4000)
+    assert played.elapsed == pytest.approx(4000 * 10 * math.exp(min(ratio, 300)), rel=0.1)
+    assert played.goodput == pytest.approx(expected_goodput(failures, saving), rel=0.1, abs=1e-100)
+
+
+def test_intervals_below_the_resolution_of_the_clock_end() -> None:
+    assert simulate(Failures(1e15, 300, 1), Saving(1e-3, 0.0), count=20).failures == 20
+    with pytest.raises(ValueError, match="interval_s=0: a run that saves all the time never trains"):
+        simulate(Failures(10, 1, 0), Saving(0.0, 0.0))
