@@ -137,9 +137,23 @@ def first_failure(failures: Iterable[RankFailure], *, timeout_s: float) -> float
     return min((one for one in times if math.isfinite(one)), default=None)
 
 
+def is_consequence(folder: Path, failure: RankFailure) -> bool:
+    """Whether a rank failed because another one was gone."""
+    return bool(_CONSEQUENCE.search(error_text(folder, failure)))
+
+
+def has_lost_node(folder: Path) -> bool:
+    """Whether srun reports that a node of the attempt failed (`srun: error: Node failure on n2`)."""
+    try:
+        text = read_bounded(folder / SRUN_LOG).decode(errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^srun: error: Node failure on ", text, re.MULTILINE) is not None
+
+
 def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
     """Failures in order: causes before consequences, then by time."""
-    return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
+    return sorted(failures, key=lambda failure: (is_consequence(folder, failure), failure.time))
 
 
 def error_text(folder: Path, failure: RankFailure) -> str:
