@@ -17,6 +17,7 @@ process event by event, without these formulas.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LLAMA_NODE_MTBF_S = 54 * 86400 * (16384 // 8) / 419
@@ -155,34 +156,8 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
     block_start = (0.0, 0.0)
     for number in range(1, count + 1):
         until = generator.expovariate(1 / failures.mean_s)
-        now = trained = waited = 0.0
-        durable = 0.0
-        pending: tuple[float, float] | None = None  # time at which the save is durable, training time that it contains
-        while now < until:
-            skipped = int((until - now) / saving.cycle_s) - 2 if pending is not None else 0
-            if skipped > 0 and pending is not None:  # every cycle is the same until a failure
-                now, trained = now + skipped * saving.cycle_s, trained + skipped * saving.interval_s
-                waited += skipped * (saving.cycle_s - saving.interval_s)
-                durable = pending[1] + (skipped - 1) * saving.interval_s
-                pending = (now + saving.write_s, trained)
-            work = min(saving.interval_s, until - now)
-            if now + work == now:  # the interval is below the resolution of the clock: a failure every 1e16 intervals
-                break
-            now, trained = now + work, trained + work
-            if now >= until:
-                break
-            ready = (
-                max(now, pending[0]) if pending is not None else now
-            )  # a save waits until the previous one is durable
-            end = min(until, ready + saving.stall_s)
-            waited, now = waited + end - now, end
-            if now >= until:
-                break
-            if pending is not None:
-                durable = pending[1]
-            pending = (now + saving.write_s, trained)
-        if pending is not None and pending[0] <= until:
-            durable = pending[1]
+        life = _life(until, saving)
+        durable, trained, waited = life.durable, life.trained, life.stalled
         useful, lost, stalled = useful + durable, lost + trained - durable, stalled + waited
         restarting += _restarting_s(failures, generator)
         if number % max(1, count // 20) == 0:
@@ -193,6 +168,63 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
     mean = sum(shares) / len(shares)
     spread = sum((share - mean) ** 2 for share in shares) / max(1, len(shares) - 1)
     return Outcome(useful, stalled, lost, restarting, count, error=math.sqrt(spread / len(shares)))
+
+
+@dataclass(frozen=True)
+class _Life:
+    """Training between two interruptions, in seconds."""
+
+    durable: float
+    """What was saved before the second."""
+    trained: float
+    stalled: float
+
+
+def _life(until: float, saving: Saving) -> _Life:
+    """Train, stall, train, ... for `until` seconds."""
+    now = trained = waited = 0.0
+    durable = 0.0
+    pending: tuple[float, float] | None = None  # time at which the save is durable, training time that it contains
+    while now < until:
+        skipped = int((until - now) / saving.cycle_s) - 2 if pending is not None else 0
+        if skipped > 0 and pending is not None:  # every cycle is the same until a failure
+            now, trained = now + skipped * saving.cycle_s, trained + skipped * saving.interval_s
+            waited += skipped * (saving.cycle_s - saving.interval_s)
+            durable = pending[1] + (skipped - 1) * saving.interval_s
+            pending = (now + saving.write_s, trained)
+        work = min(saving.interval_s, until - now)
+        if now + work == now:  # the interval is below the resolution of the clock: a failure every 1e16 intervals
+            break
+        now, trained = now + work, trained + work
+        if now >= until:
+            break
+        ready = max(now, pending[0]) if pending is not None else now  # a save waits until the previous one is durable
+        end = min(until, ready + saving.stall_s)
+        waited, now = waited + end - now, end
+        if now >= until:
+            break
+        if pending is not None:
+            durable = pending[1]
+        pending = (now + saving.write_s, trained)
+    if pending is not None and pending[0] <= until:
+        durable = pending[1]
+    return _Life(durable, trained, waited)
+
+
+def simulate_at(times: Sequence[float], failures: Failures, saving: Saving, *, end_s: float) -> Outcome:
+    """Simulate a run that trains from time 0 on, fails at `times`, and ends at `end_s` with nothing lost.
+
+    No chance is involved, so `failures.mean_s` is not used and the error is 0.
+    """
+    stalled = lost = restarting = useful = last = back = 0.0
+    for number, at in enumerate((*times, end_s)):
+        restarting += min(at, back) - last
+        if at > back:
+            life = _life(at - back, saving)
+            kept = life.trained if number == len(times) else life.durable
+            useful, lost, stalled = useful + kept, lost + life.trained - kept, stalled + life.stalled
+        last, back = at, at + failures.downtime_s
+    return Outcome(useful, stalled, lost, restarting, len(times), error=0.0)
 
 
 def _restarting_s(failures: Failures, generator: random.Random) -> float:
