@@ -4,8 +4,8 @@
     {"kind": "attempt", "time": ...}                          processes are started; before it: the queue, or a back-off
     {"kind": "attempt_end", "time": ..., "status": 137, "failed": ...}      all have ended; when the first had failed
 
-With metrics.jsonl these are all events of a run's life (`launch.time_spent`). Job scripts append the same lines. A record that
-cannot be written must not end a run, so it is left out.
+With metrics.jsonl these are all events of a run's life (`launch.time_spent`). Slurm's job scripts append the same lines.
+A record that cannot be written must not end a run, so it is left out.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ def note_attempt(logs: Path) -> None:
     _note(logs, "attempt", time=time.time())
 
 
-def note_attempt_end(logs: Path, *, status: int, failed: float | None) -> None:
-    """All processes have ended. failed: when the first had failed; None: none did."""
-    _note(logs, "attempt_end", time=time.time(), status=status, failed=failed)
+def note_attempt_end(logs: Path, *, status: int, failed: float | None, ended: float | None = None) -> None:
+    """All processes have ended, now or at `ended`. failed: when the first had failed; None: none did."""
+    _note(logs, "attempt_end", time=time.time() if ended is None else ended, status=status, failed=failed)
 
 
 def starts_of(run: Path) -> list[Line]:

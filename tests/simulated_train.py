@@ -53,6 +53,7 @@ def main() -> int:
     step = int(latest.read_text()[5:]) if latest.exists() else 0
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts after step {step}", flush=True)
     if "SLURM_JOB_ID" in os.environ:
+        print(f"node {os.environ.get('SLURMD_NODENAME', 'none')}", flush=True)
         print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}", flush=True)
     is_held = own.hold > 0 and step == 0
     while step < own.steps:

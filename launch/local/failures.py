@@ -26,6 +26,8 @@ _CONSEQUENCE = re.compile(
     re.IGNORECASE,
 )
 _HUNG = re.compile(r"^hang: (.*)$", re.MULTILINE)
+_WAITED = re.compile(r"^(?:hang|lost peer): (.*)$", re.MULTILINE)
+"""Lines of train.resilience.hangs. Only the first kind waited for launch.timeout_s: a dead peer is seen at once."""
 _SHOWN_LINES = 30
 STACK_S = 0.3
 """Time that a rank gets to write its stack."""
@@ -135,9 +137,23 @@ def first_failure(failures: Iterable[RankFailure], *, timeout_s: float) -> float
     return min((one for one in times if math.isfinite(one)), default=None)
 
 
+def is_consequence(folder: Path, failure: RankFailure) -> bool:
+    """Whether a rank failed because another one was gone."""
+    return bool(_CONSEQUENCE.search(error_text(folder, failure)))
+
+
+def has_lost_node(folder: Path) -> bool:
+    """Whether srun reports that a node of the attempt failed (`srun: error: Node failure on n2`)."""
+    try:
+        text = read_bounded(folder / SRUN_LOG).decode(errors="replace")
+    except OSError:
+        return False
+    return re.search(r"^srun: error: Node failure on ", text, re.MULTILINE) is not None
+
+
 def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
     """Failures in order: causes before consequences, then by time."""
-    return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
+    return sorted(failures, key=lambda failure: (is_consequence(folder, failure), failure.time))
 
 
 def error_text(folder: Path, failure: RankFailure) -> str:
@@ -159,9 +175,9 @@ def failure_message(folder: Path, failures: list[RankFailure], *, seen_live: fro
     text = error_text(folder, first)
     already_shown = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
     head = f"rank {first.rank}{f' on {first.host}' if first.host else ''} failed first, with {describe(first.status)}"
-    hung = _HUNG.findall(text)
-    if hung:
-        head = f"{hung[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
+    waited = _WAITED.findall(text)
+    if waited:
+        head = f"{waited[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
     if not text:
         last = [f"    {line}" for line in last_texts(log_of(folder, first.rank), 5) if first.rank not in seen_live]
         message = [f"{head}, without a message."] + (["Its last lines:", *last] if last else [])

@@ -33,7 +33,9 @@ from launch.slurm.job_script import (
 )
 from launch.slurm.job_times import advice
 from launch.slurm.jobs import active_jobs
+from launch.slurm.left_out import left_out, suspected
 from launch.slurm.snapshot import config_folders, take_snapshot
+from launch.starts import note_submission
 from launch.user_errors import exit_status
 from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
@@ -41,6 +43,7 @@ from recipes.schema.facts import Machine
 from recipes.schema.launch_rules import environment_of, processes_per_node, script_problems, slurm_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import SUSPECTS
 
 _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                print the script; needs no Slurm
@@ -102,7 +105,8 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
             f"save_before_end_s={recipe.launch.slurm.save_before_end_s}: the last steps of each job would be lost. Raise it.\n"
         )
     number = submit_run(run, job, keep_code=True)
-    processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
+    spares = f" and {job.spare_nodes} spare" if job.spare_nodes else ""
+    processes = f"{job.nodes} node{'s' * (job.nodes > 1)}{spares} x {job.processes}"
     sys.stdout.write(
         f"Submitted job {number} ({processes} processes) for {run.path}, to step {recipe.run.steps}.\n"
         f"  stratum status {run.path}\n"
@@ -130,11 +134,17 @@ def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
     lease = take(run.logs / "submitting", what=f"the submission of {run.path}")
     try:
         _refuse_second_job(run)
-        reset_state(run)
+        reset_state(run, options=job.slurm.options)
+        if suspects := suspected(run.path):
+            sys.stderr.write(
+                f"Left out: {', '.join(suspects)} ({run.path / SUSPECTS} names them; remove their lines to use them again).\n"
+            )
+        excluded = [f"--exclude={','.join(left_out(run.logs))}"] if left_out(run.logs) else []
         if keep_code:
             code = take_snapshot(run.logs, job.words, with_environment=job.container.kind == "none")
             job = replace(job, words=code.words, code=str(code.folder))
-        number = submit(_write_script(run.logs / "job.sh", training_script(job), job.words))
+        number = submit(_write_script(run.logs / "job.sh", training_script(job), job.words), options=excluded)
+        note_submission(run.logs)
         with (run.logs / "jobs").open("a") as stream:
             stream.write(f"{number}\n")
         return number
@@ -158,6 +168,8 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
         python=sys.executable,
         checkout=checkout(),
         nodes=launch.nodes,
+        spare_nodes=launch.slurm.spare_nodes,
+        timeout_s=launch.timeout_s,
         processes=processes,
         gpus_per_node=launch.gpus_per_node,
         steps=recipe.run.steps,

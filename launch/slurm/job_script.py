@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.children import FRONT, PYTHON_FLAGS
+from launch.starts import STARTS
 from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
@@ -44,6 +45,9 @@ class Job:
     environment: dict[str, str]
     slurm: SlurmConfig
     container: ContainerConfig
+    spare_nodes: int = 0
+    timeout_s: float = 600.0
+    """launch.timeout_s: how long ranks wait for one that hangs."""
     module: str = "train"
     """Module that every process runs."""
     code: str = ""
@@ -103,7 +107,8 @@ def training_script(job: Job) -> str:
     }[continuation]
     options = [
         f"--job-name={job.name}",
-        f"--nodes={job.nodes}",
+        f"--nodes={job.nodes + job.spare_nodes}",
+        *(["--no-kill"] if job.spare_nodes else []),
         f"--ntasks-per-node={job.processes}",
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
         *([f"--cpus-per-task={slurm.cpus_per_process}"] if slurm.cpus_per_process else []),
@@ -144,12 +149,11 @@ run={quoted(job.folder)}
 logs="$run/logs/slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
 """,
         _submit(job) if continuation != "none" else "",
-        """
-# Rank 0 listens on the first node, at the address by which Slurm reaches that node: node names need not resolve.
-node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
-export MASTER_ADDR="${address:-$node}"
-""",
+        _spares(job.nodes) if job.spare_nodes else "",
+        _RENDEZVOUS,
+        "choose_nodes || exit 1\n"
+        if job.spare_nodes
+        else 'meet_at "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"\n',
         "".join(f"export {name}={quoted(value)}\n" for name, value in job.environment.items()),
         _pythonpath_line(job.code),
         f"""\
@@ -161,9 +165,10 @@ while :; do
   export STRATUM_LOGS="$logs" MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${{SLURM_RESTART_COUNT:-0}} + 401 * attempt) % 12000))
   if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
   mkdir -p "$STRATUM_LOGS"
-  ranks=(srun --kill-on-bad-exit=1 --output="${{STRATUM_LOGS//%/%%}}/rank-%5t.log"{_rank_cpus(slurm)})
+  ranks=(srun --kill-on-bad-exit=1 --output="${{STRATUM_LOGS//%/%%}}/rank-%5t.log"{_rank_cpus(slurm)}{_rank_nodes(job)})
+  printf '{{"kind": "attempt", "time": %s}}\\n' "$(date +%s.%N)" >> "$stratum_logs/{STARTS}"
   "${{ranks[@]}}" "${{python[@]}}" {_folded(command)} 2> "$STRATUM_LOGS/srun.log"
-  status=$?
+  status=$? ended=$(date +%s.%N)
   cat "$STRATUM_LOGS/srun.log" >&2
 
   # finished, here (again in these nodes), again or stop; the reason is in this job's log. An error is shown once, with the
@@ -171,8 +176,9 @@ while :; do
   # this script does.
   job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
   next=$({one_task}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" --steps {job.steps} \\
-    --restarts {job.restarts} --save-before-end-s {slurm.save_before_end_s} --job "$job")
-  [ "$next" = here ] || break
+    --restarts {job.restarts} --save-before-end-s {slurm.save_before_end_s} --timeout-s {job.timeout_s:g} --ended "$ended" \\
+    {"--spares " if job.spare_nodes else ""}--job "$job")
+{_CHOOSE_AGAIN if job.spare_nodes else ""}  [ "$next" = here ] || break
   attempt=$((attempt + 1))
 done
 """,
@@ -204,6 +210,54 @@ case $next in
     if [ -n "$successor" ]; then scancel "$successor"; fi ;;
 esac
 """
+
+_RENDEZVOUS = """
+# Rank 0 listens on the first node, at the address by which Slurm reaches that node: node names need not resolve.
+meet_at() {
+  local address
+  address=$(scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+  export MASTER_ADDR="${address:-$1}"
+}
+"""
+_CHOOSE_AGAIN = """\
+  if [ "$next" = here ] && ! choose_nodes; then next=again; fi
+"""
+
+
+def _spares(nodes: int) -> str:
+    """The bash function that chooses the nodes of a start among those of a job with spares."""
+    return f"""
+# Ranks run on the first {nodes} of the job's nodes that are up and not left out; the others are spares.
+choose_nodes() {{
+  local node excluded left
+  excluded=$(cat "$run/logs/exclude" 2> /dev/null)
+  # Slurm takes a lost node out of the job, also if it is up again; $SLURM_JOB_NODELIST still names it.
+  left=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* NodeList=\\([^ ]*\\).*/\\1/p')
+  nodes=()
+  for node in $(scontrol show hostnames "${{left:-$SLURM_JOB_NODELIST}}"); do
+    case ",$excluded," in *,"$node",*) continue ;; esac
+    case $(scontrol show node --oneliner "$node" | sed -n 's/.* State=\\([^ ]*\\).*/\\1/p') in
+      "" | *DOWN* | *FAIL* | *NOT_RESPONDING* | *\\**) continue ;;
+    esac
+    nodes+=("$node")
+    if [ "${{#nodes[@]}}" = {nodes} ]; then
+      meet_at "${{nodes[0]}}"
+      echo "nodes of this start: ${{nodes[*]}}" >&2
+      return 0
+    fi
+  done
+  echo "only ${{#nodes[@]}} of {nodes} nodes are left: no spare" >&2
+  return 1
+}}
+"""
+
+
+def _rank_nodes(job: Job) -> str:
+    """srun's options for a start on some of the job's nodes."""
+    if not job.spare_nodes:
+        return ""
+    tasks = job.nodes * job.processes
+    return f' --nodes={job.nodes} --ntasks={tasks} "--nodelist=$(IFS=,; echo "${{nodes[*]}}")"'
 
 
 def _submit(job: Job) -> str:

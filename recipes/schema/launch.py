@@ -28,6 +28,9 @@ class SlurmConfig:
     """How an unfinished run continues after its job ends. `requeue`: the same job goes back into the queue. `chain`: the next job
     already waits for the running one, so the run also survives the loss of the first node on clusters that do not requeue.
     `none`: it stops."""
+    spare_nodes: Count = 0
+    """Additional nodes of each job, without processes. One of them takes the place of a node that is lost, or on which ranks
+    failed twice, in the same job. They are charged like the others. 0: the next job gets other nodes."""
     cpus_per_process: Count = 0
     """CPUs of each process, for its threads; 0: the cluster decides."""
     memory_gib: Count = 0

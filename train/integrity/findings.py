@@ -1,7 +1,6 @@
 """What a check found, in a form that all ranks exchange, and the file of suspects that it ends in."""
 
 import json
-import socket
 import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -9,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.system.node import node_name
 from recipes.schema.run_folder import SUSPECTS
 
 Kind = Literal["transient", "persistent", "wrong input", "state", "transit"]
@@ -37,7 +37,7 @@ class Finding:
 
 def host_name() -> str:
     """Name of this machine, as a launcher can exclude it."""
-    return socket.gethostname()
+    return node_name()
 
 
 def odd_ones(values: Sequence[Hashable]) -> list[int] | None:

@@ -25,8 +25,9 @@ _PATIENCE_S = 2.0
 """Time for the other ranks to report where they wait; they time out almost together."""
 _LOST_PATIENCE_S = 0.5
 """The same if a peer has died, which its neighbours see at once: a restart waits for this."""
-MARK = "hang: "
-"""Prefix of the line that names the rank; `launch` shows this line first."""
+HANG, LOST = "hang: ", "lost peer: "
+"""Prefixes of the line that names the rank: it waited for `timeout_s`, or saw at once that a peer is gone. `launch` shows this
+line first, and books the wait of a hang (launch.local.failures)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ def hangs_named(*, timeout_s: float) -> Iterator[None]:
                 mine = _waiting()
                 if mine is not None:
                     found = _exchange(mine, patience_s=_LOST_PATIENCE_S if is_lost else _PATIENCE_S)
-                    error.add_note(MARK + _explain(mine, found, timeout_s=timeout_s))
+                    error.add_note(
+                        LOST + _explain(mine, found, until="until a connection was lost")
+                        if is_lost
+                        else HANG + _explain(mine, found, until=f"launch.timeout_s={timeout_s:g}")
+                    )
         raise
 
 
@@ -102,13 +107,13 @@ def _exchange(mine: Waiting, *, patience_s: float) -> dict[int, Waiting]:
     return found
 
 
-def _explain(mine: Waiting, found: dict[int, Waiting], *, timeout_s: float) -> str:
-    """The line to show. found: the operations in which ranks of the group wait, including this one."""
+def _explain(mine: Waiting, found: dict[int, Waiting], *, until: str) -> str:
+    """The line to show. found: the operations in which ranks of the group wait, including this one. until: when they gave up."""
     there = [rank for rank, one in found.items() if (one.group, one.number) == (mine.group, mine.number)]
     elsewhere = {rank: one for rank, one in found.items() if rank not in there}
     silent = [rank for rank in mine.ranks if rank not in found]
     what = f"{mine.operation} number {mine.number} of the group of {_name(mine.ranks)}"
-    text = f"{_name(there)} waited for {what} (launch.timeout_s={timeout_s:g})"
+    text = f"{_name(there)} waited for {what} ({until})"
     if silent:
         text += f"; {_name(silent)} did not arrive and {'is' if len(silent) == 1 else 'are'} in no operation"
     for rank, one in sorted(elsewhere.items()):

@@ -15,6 +15,7 @@ from launch.plan.cost.goodput import (
     expected_goodput,
     longest_interval,
     simulate,
+    simulate_at,
     young_interval,
 )
 
@@ -121,3 +122,28 @@ def test_millions_of_saves_between_failures_are_simulated_quickly() -> None:
     )
     outcome = simulate(failures, saving, count=2000)
     assert outcome.goodput == pytest.approx(expected_goodput(failures, saving), abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [12, 60, 299, 1e6])
+def test_a_run_that_almost_never_restarts_is_simulated_quickly(ratio: float) -> None:
+    """exp(60) attempts for each restart: one by one they never end. The time is M (exp(R/M) - 1) on average."""
+    failures, saving = Failures(10, 10 * ratio, 0), Saving(5, 0.1)
+    played = simulate(failures, saving, count=4000)
+    assert played.elapsed == pytest.approx(4000 * 10 * math.exp(min(ratio, 300)), rel=0.1)
+    assert played.goodput == pytest.approx(expected_goodput(failures, saving), rel=0.1, abs=1e-100)
+
+
+def test_intervals_below_the_resolution_of_the_clock_end() -> None:
+    assert simulate(Failures(1e15, 300, 1), Saving(1e-3, 0.0), count=20).failures == 20
+    with pytest.raises(ValueError, match="interval_s=0: a run that saves all the time never trains"):
+        simulate(Failures(10, 1, 0), Saving(0.0, 0.0))
+
+
+def test_a_run_that_fails_at_given_times_by_hand() -> None:
+    """A save of 1 s after each 10 s, durable 2 s later; a restart takes 5 s. Fails at 26 (20 trained, the second save at 22 is
+    durable at 24), at 28 (during the restart), at 45 (back at 33: 10 + 1 + 1 s, the save at 44 is not durable), ends at 60."""
+    failures, saving = Failures(1.0, 5.0, 0.0), Saving(10.0, 1.0, 2.0)
+    played = simulate_at([26.0, 28.0, 45.0], failures, saving, end_s=60.0)
+    assert played.useful == 20.0 + 0.0 + 10.0 and played.lost == 4.0 + 11.0
+    assert played.stalled == 2.0 + 1.0 and played.restarting == 2.0 + 5.0 + 5.0
+    assert played.elapsed == 60.0 and played.failures == 3 and played.error == 0.0

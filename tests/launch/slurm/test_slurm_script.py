@@ -85,6 +85,7 @@ PREPARE = Preparation(
     ("name", "text"),
     [
         ("cpu.sh", training_script(CPU)),
+        ("spares.sh", training_script(replace(CPU, spare_nodes=1))),
         ("gpu.sh", training_script(GPU)),
         ("pyxis.sh", training_script(replace(GPU, container=PYXIS))),
         ("apptainer.sh", training_script(replace(GPU, container=APPTAINER, checkout="/opt/stratum"))),

@@ -69,9 +69,12 @@ mkdir -p "$logs"
 waiter=$!
 
 # Rank 0 listens on the first node, at the address by which Slurm reaches that node: node names need not resolve.
-node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_ADDR="${address:-$node}"
+meet_at() {
+  local address
+  address=$(scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  export MASTER_ADDR="${address:-$1}"
+}
+meet_at "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
@@ -87,9 +90,10 @@ while :; do
   if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
   mkdir -p "$STRATUM_LOGS"
   ranks=(srun --kill-on-bad-exit=1 --output="${STRATUM_LOGS//%/%%}/rank-%5t.log" --cpus-per-task=12)
+  printf '{"kind": "attempt", "time": %s}\n' "$(date +%s.%N)" >> "$stratum_logs/starts.jsonl"
   "${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn nemotron_nano_12b_v2 run.name=big launch=slurm_gpu parallel.tensor=8 \
     'run.folder="my runs"' run.threads=12 2> "$STRATUM_LOGS/srun.log"
-  status=$?
+  status=$? ended=$(date +%s.%N)
   cat "$STRATUM_LOGS/srun.log" >&2
 
   # finished, here (again in these nodes), again or stop; the reason is in this job's log. An error is shown once, with the
@@ -97,7 +101,8 @@ while :; do
   # this script does.
   job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
   next=$(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" --steps 10000 \
-    --restarts 3 --save-before-end-s 900 --job "$job")
+    --restarts 3 --save-before-end-s 900 --timeout-s 600 --ended "$ended" \
+    --job "$job")
   [ "$next" = here ] || break
   attempt=$((attempt + 1))
 done

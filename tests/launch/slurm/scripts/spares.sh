@@ -1,0 +1,119 @@
+#!/bin/bash
+# Run two, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the
+# training processes, which save and stop. Then it goes back into the queue, under the same number, until the last step is reached.
+#SBATCH --job-name=two
+#SBATCH --nodes=3
+#SBATCH --no-kill
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --chdir=/scratch/you/stratum
+#SBATCH --output=runs/two/logs/slurm-%j.log
+
+trap : TERM USR1  # signals are for the training processes; this script lives on to decide what follows
+stratum_logs=runs/two/logs
+
+# In every case: after 4 starts without a new checkpoint between them, the run ends.
+newest=$(cat runs/two/checkpoints/latest 2>/dev/null)
+read -r seen starts 2>/dev/null < "$stratum_logs/starts"
+[ "$seen" = "${newest:-none}" ] || starts=0
+starts=$((starts + 1))
+echo "${newest:-none} $starts" > "$stratum_logs/starts"
+if [ "$starts" -gt 4 ]; then
+  echo "stop: 4 starts in a row brought no new checkpoint (launch.restarts=3)" >&2
+  exit 1
+fi
+
+set +e -uo pipefail
+
+run=runs/two
+logs="$run/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+
+# Submit one more job of this run, but not before a rank has started: a script that fails earlier would submit for ever.
+alive() {
+  local mark
+  for mark in "$logs"*/alive; do if [ -e "$mark" ]; then return 0; fi; done
+  return 1
+}
+submit() {
+  local number=""
+  local options=(--parsable "$@")
+  if [ -s "$run/logs/exclude" ]; then options+=("--exclude=$(cat "$run/logs/exclude")"); fi
+  alive || return 1
+  if number=$(timeout 60 sbatch "${options[@]}" "$run/logs/job.sh" 2> "$logs.sbatch"); then
+    rm -f "$logs.sbatch" "$run/logs/no-successor"
+    echo "${number%%;*}" >> "$run/logs/jobs"
+    echo "${number%%;*}"
+  else
+    cat "$logs.sbatch" >&2
+    mv "$logs.sbatch" "$run/logs/no-successor"
+    return 1
+  fi
+}
+
+# Ranks run on the first 2 of the job's nodes that are up and not left out; the others are spares.
+choose_nodes() {
+  local node excluded left
+  excluded=$(cat "$run/logs/exclude" 2> /dev/null)
+  # Slurm takes a lost node out of the job, also if it is up again; $SLURM_JOB_NODELIST still names it.
+  left=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* NodeList=\([^ ]*\).*/\1/p')
+  nodes=()
+  for node in $(scontrol show hostnames "${left:-$SLURM_JOB_NODELIST}"); do
+    case ",$excluded," in *,"$node",*) continue ;; esac
+    case $(scontrol show node --oneliner "$node" | sed -n 's/.* State=\([^ ]*\).*/\1/p') in
+      "" | *DOWN* | *FAIL* | *NOT_RESPONDING* | *\**) continue ;;
+    esac
+    nodes+=("$node")
+    if [ "${#nodes[@]}" = 2 ]; then
+      meet_at "${nodes[0]}"
+      echo "nodes of this start: ${nodes[*]}" >&2
+      return 0
+    fi
+  done
+  echo "only ${#nodes[@]} of 2 nodes are left: no spare" >&2
+  return 1
+}
+
+# Rank 0 listens on the first node, at the address by which Slurm reaches that node: node names need not resolve.
+meet_at() {
+  local address
+  address=$(scontrol show node --oneliner "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  export MASTER_ADDR="${address:-$1}"
+}
+choose_nodes || exit 1
+export PYTHONUNBUFFERED=1
+export PYTHONPATH=/scratch/you/stratum/runs/two/logs/code${PYTHONPATH:+:$PYTHONPATH}
+python=(/scratch/you/stratum/.venv/bin/python -P)
+"${python[@]}" -m launch.slurm.environment
+
+attempt=1
+while :; do
+  # Each start has its own logs, and its own port: the last start may not have released its port yet.
+  export STRATUM_LOGS="$logs" MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${SLURM_RESTART_COUNT:-0} + 401 * attempt) % 12000))
+  if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
+  mkdir -p "$STRATUM_LOGS"
+  ranks=(srun --kill-on-bad-exit=1 --output="${STRATUM_LOGS//%/%%}/rank-%5t.log" --nodes=2 --ntasks=2 "--nodelist=$(IFS=,; echo "${nodes[*]}")")
+  printf '{"kind": "attempt", "time": %s}\n' "$(date +%s.%N)" >> "$stratum_logs/starts.jsonl"
+  "${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn smoke run.name=two launch.nodes=2 2> "$STRATUM_LOGS/srun.log"
+  status=$? ended=$(date +%s.%N)
+  cat "$STRATUM_LOGS/srun.log" >&2
+
+  # finished, here (again in these nodes), again or stop; the reason is in this job's log. An error is shown once, with the
+  # rank that failed first. Slurm counts a preempted job whose processes end in time as completed and does not requeue it:
+  # this script does.
+  job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
+  next=$("${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" --steps 200 \
+    --restarts 3 --save-before-end-s 300 --timeout-s 600 --ended "$ended" \
+    --spares --job "$job")
+  if [ "$next" = here ] && ! choose_nodes; then next=again; fi
+  [ "$next" = here ] || break
+  attempt=$((attempt + 1))
+done
+
+if [ "$next" = again ]; then
+  # A node on which two attempts failed is left out, by a new job; the same job cannot change its nodes.
+  if ! { [ -s "$run/logs/exclude" ] && submit; }; then scontrol requeue "$SLURM_JOB_ID"; fi
+fi
+exit "$status"
