@@ -284,6 +284,7 @@ MAY_FAIL = {
     "cancel smoke": "error: ",
     "preferences runs/tiny_sft": "error: ",
     "cancel runs/smoke": "error: ",
+    "launch slurm": "ssh could not connect",
 }
 """Begin of an example -> what it says where it ends with a status: the checkpoints differ, there is no GPU or Slurm, ..."""
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.imports import collector_paused
 from data.system.parent import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS, StratumError
@@ -61,7 +62,8 @@ def follow_torchrun() -> None:
 
 def _train(composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    from train.run import train  # importing torch takes seconds; errors in the recipe are reported before it
+    with collector_paused():
+        from train.run import train  # importing torch takes seconds; errors in the recipe are reported before it
 
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -1,4 +1,5 @@
-"""The JobSet manifest of a run, as a pure function of its recipe.
+"""The manifests of a run, as a pure function of its recipe: a JobSet, or a TrainJob of Kubeflow
+Trainer that makes the same JobSet.
 
     JobSet NAME                      restarts: all pods together, from the newest checkpoint
       job NAME-node-0                one indexed Job: pod i is node i
@@ -11,9 +12,15 @@ What follows the end of a pod, by the exit status of `stratum launch node` (docs
     a pod is evicted or preempted    restart, not counted
     other                            restart, at most launch.restarts times
 
-Fields: JobSet v1alpha2 (jobset.sigs.k8s.io), batch/v1, core/v1.
+A TrainJob cannot set what follows the end of a pod, so it comes with a TrainingRuntime of its own, whose template is the JobSet.
+Trainer 2.3 copies the template. It adds its own variables (PET_*, for torchrun) only if the runtime asks for torch; this one does
+not, because `stratum launch node` starts the processes. Trainer's admission requires the container's name and the label.
+
+Fields: JobSet v1alpha2 (jobset.sigs.k8s.io), trainer.kubeflow.org/v1alpha1, batch/v1, core/v1.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +33,12 @@ from recipes.schema.errors import CorruptionError, NumericsError, StratumError
 from recipes.schema.launch_rules import environment_of, processes_per_node
 from recipes.schema.recipe import Recipe
 
-_CONTAINER = "trainer"
+_CONTAINER = "node"
+_TRAINER = "trainer.kubeflow.org"
 _FINAL = (StratumError.status, NumericsError.status, CorruptionError.status)
 _AFTER_GRACE_S = 30
 """Seconds that a pod gets beyond launch.grace_s, so that the launcher can report what it had to kill."""
+_QUEUE = "kueue.x-k8s.io/queue-name"
 _LONGEST_NAME = 40
 """JobSet adds `-node-0-00000-xxxxx` to it; the result must fit into a host name (63)."""
 
@@ -48,7 +57,7 @@ def jobset(recipe: Recipe, words: Sequence[str], *, pod_fields: dict[str, Any] |
     if kubernetes.namespace:
         metadata["namespace"] = kubernetes.namespace
     if kubernetes.queue:
-        metadata["labels"]["kueue.x-k8s.io/queue-name"] = kubernetes.queue
+        metadata["labels"][_QUEUE] = kubernetes.queue
     if kubernetes.topology:
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": kubernetes.topology}
     job = {
@@ -101,10 +110,42 @@ def jobset(recipe: Recipe, words: Sequence[str], *, pod_fields: dict[str, Any] |
     }
 
 
-def manifest_text(manifest: dict[str, Any], *, about: str) -> str:
-    """The manifest as YAML, with a comment on top."""
+def trainjob(
+    recipe: Recipe, words: Sequence[str], *, pod_fields: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the TrainingRuntime, the TrainJob) of the same run. The arguments are those of `jobset`.
+
+    The runtime's name ends with a hash of its content, so a job never uses the runtime of an earlier submission.
+    """
+    whole = jobset(recipe, words, pod_fields=pod_fields)
+    metadata, spec = whole["metadata"], whole["spec"]
+    spec["replicatedJobs"][0]["template"]["metadata"] = {
+        "labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    }
+    template = {"spec": spec} | (
+        {"metadata": {"annotations": found}} if (found := metadata.pop("annotations", None)) else {}
+    )
+    content = {"mlPolicy": {"numNodes": recipe.launch.nodes}, "template": template}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{metadata['name']}-{digest}"
+    labels = {key: value for key, value in metadata["labels"].items() if key != _QUEUE}
+    labels["app.kubernetes.io/instance"] = metadata["name"]
+    api = {"apiVersion": f"{_TRAINER}/v1alpha1"}
+    return (
+        {**api, "kind": "TrainingRuntime", "metadata": {**metadata, "name": name, "labels": labels}, "spec": content},
+        {
+            **api,
+            "kind": "TrainJob",
+            "metadata": metadata,
+            "spec": {"runtimeRef": {"apiGroup": _TRAINER, "kind": "TrainingRuntime", "name": name}},
+        },
+    )
+
+
+def manifest_text(*manifests: dict[str, Any], about: str) -> str:
+    """The manifests as YAML, with a comment on top."""
     lines = "".join(f"# {line}\n" for line in about.splitlines())
-    return lines + yaml.safe_dump(manifest, sort_keys=False, width=120)
+    return lines + "---\n".join(yaml.safe_dump(one, sort_keys=False, width=120) for one in manifests)
 
 
 def _pod(recipe: Recipe, words: Sequence[str], *, name: str) -> dict[str, Any]:

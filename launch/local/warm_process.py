@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from data.system.imports import collector_paused
 from data.system.parent import end_with_parent
 from launch.children import python_module
 from launch.local import rank
@@ -177,8 +178,9 @@ def main() -> None:
     end_with_parent()
     if os.getppid() != int(os.environ[rank.LAUNCHER]):
         sys.exit(1)  # the launcher died before the call above
-    for module in sys.argv[2:]:
-        importlib.import_module(module)
+    with collector_paused():
+        for module in sys.argv[2:]:
+            importlib.import_module(module)
     if not _can_fork():
         sys.exit(1)
     gc.collect()

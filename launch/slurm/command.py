@@ -5,6 +5,7 @@
 The script and `launch.slurm.after_job` decide what follows each job. `stratum status` shows the run, `stratum cancel` ends it.
 """
 
+import argparse
 import functools
 import os
 import re
@@ -22,6 +23,7 @@ from launch.plan.submission import check_plan
 from launch.queue import SlurmError, submit
 from launch.runs import RunFolder
 from launch.slurm.after_job import reset_state
+from launch.slurm.host import parse_host, submit_from
 from launch.slurm.job_script import (
     CREDENTIALS,
     Job,
@@ -51,11 +53,14 @@ stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4
 stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
 stratum launch slurm -cn smoke run.name=boxed run.microbatch_rows=1 launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
+stratum launch slurm -cn smoke launch=slurm_gpu --host me@login:/scratch/me/stratum    over ssh, with the code of this machine
 """
 _NOTES = """
 The run continues over several jobs until its last step (launch.slurm.continuation): before a job's time limit, and when a job
 is preempted, the processes save and stop. All output of the jobs is in runs/NAME/logs/. `stratum status NAME` shows the
 progress, `stratum cancel NAME` ends the run, `stratum fields launch` lists the fields.
+--host: the command runs on the login node in FOLDER (default: stratum in your home folder), which needs an environment (`make
+setup`); relative paths, data and runs are there. ssh uses its own configuration; passwords do not pass through stratum.
 """
 
 
@@ -73,15 +78,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work")
     parser.add_argument("--device", default="h100", metavar="KIND", help="kind of GPU the run is planned for")
     parser.add_argument("--force", action="store_true", help="submit even if the plan says that the run will fail")
+    parser.add_argument("--host", metavar="[USER@]HOST[:FOLDER]", help="submit from this login node, over ssh")
     own, words = parser.parse_recipe(arguments)
-    recipe = compose(words, program="launch slurm")
+    recipe = compose(words, program="launch slurm")  # mistakes in the recipe are found before anything connects
     if isinstance(recipe, int):
         return recipe
+    if own.host is not None:
+        return exit_status(functools.partial(_submit_from_host, own, words, recipe))
     if own.prepare:
         return exit_status(functools.partial(_prepare, recipe, words, tasks=own.tasks, dry_run=own.dry_run))
     return exit_status(
         functools.partial(_train, recipe, words, dry_run=own.dry_run, device=own.device, force=own.force)
     )
+
+
+def _submit_from_host(own: argparse.Namespace, words: list[str], recipe: Recipe) -> int:
+    flags = [f"--{name.replace('_', '-')}" for name in ("dry_run", "prepare", "force") if getattr(own, name)]
+    options = [*words, *flags, f"--tasks={own.tasks}", f"--device={own.device}"]
+    run = None if own.dry_run or own.prepare else run_folder(recipe).path
+    return submit_from(parse_host(own.host), options, run=run)
 
 
 def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, force: bool) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.imports import collector_paused
 from recipes.schema.command import dotted_keys, run_tool
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.options import CommandParser
@@ -37,7 +38,8 @@ def _write(config: PreferencesConfig, composed: DictConfig) -> int:
         if getattr(config, name) is None:
             raise RecipeError(f"--{name} is missing. Name the file, such as --prompts judged.jsonl --out pairs.jsonl.")
     recipe = read_recipe(composed)
-    # Importing torch takes seconds; errors above are reported before it.
-    from train.align.on_policy import write_preferences
+    with collector_paused():
+        # Importing torch takes seconds; errors above are reported before it.
+        from train.align.on_policy import write_preferences
 
     return write_preferences(recipe, config)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system.imports import collector_paused
 from data.system.parent import end_with_parent
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.messages import complain
@@ -62,8 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     try:
-        # importing torch takes seconds; --help and usage errors do not need it
-        from train.evaluate.evaluation import evaluate_checkpoint, search_data
+        with collector_paused():
+            # importing torch takes seconds; --help and usage errors do not need it
+            from train.evaluate.evaluation import evaluate_checkpoint, search_data
 
         if config.contamination is not None:
             return search_data(config, Path(config.contamination))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system.imports import collector_paused
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parsed = _parser().parse_args(arguments)
     try:
-        from train.hf import command  # importing torch takes seconds; --help and usage errors do not need it
-        from train.megatron import choose_device, use_device
+        with collector_paused():
+            from train.hf import command  # importing torch takes seconds; --help and usage errors do not need it
+            from train.megatron import choose_device, use_device
 
         use_device(choose_device(parsed.device))
         match parsed.command:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.imports import collector_paused
 from recipes.schema.command import dotted_keys, run_tool
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _generate(config: GenerateConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    # Importing torch takes seconds; errors above are reported before it.
-    from train.inference.text import generate_records, stream_text
+    with collector_paused():
+        # Importing torch takes seconds; errors above are reported before it.
+        from train.inference.text import generate_records, stream_text
 
     if config.prompts is not None or config.n > 1 or config.logprobs is not None:
         for record in generate_records(recipe, config):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system.imports import collector_paused
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
@@ -51,8 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     if of_one_run and config.evaluate is not None:
         parser.error("--evaluate chooses between values of --alpha. Evaluate an average with `stratum evaluate`.")
     try:
-        # importing torch takes seconds; --help and usage errors do not need it
-        from train.merge.run_merge import run_merge
+        with collector_paused():
+            # importing torch takes seconds; --help and usage errors do not need it
+            from train.merge.run_merge import run_merge
 
         return run_merge(config, [run_or_path(name) for name in parsed.models], Path(config.out))
     except _ERRORS as error:

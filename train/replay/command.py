@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.imports import collector_paused
 from recipes.schema.command import dotted_keys, run_tool
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _replay(config: ReplayConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    # Start-up cost: importing torch takes seconds; mistakes above are reported without it.
-    from train.replay.show import replay
+    with collector_paused():
+        # Start-up cost: importing torch takes seconds; mistakes above are reported without it.
+        from train.replay.show import replay
 
     return replay(recipe, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from data.system.imports import collector_paused
 from recipes.schema.command import dotted_keys, run_tool
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.foreign import read_bounded_text
@@ -38,8 +39,9 @@ def _serve(config: ServeConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
     key = _key(config.key_file)
     try:
-        # fastapi and uvicorn are an extra; torch takes seconds to import, and the errors above are reported before it.
-        from train.serve.server import serve
+        with collector_paused():
+            # fastapi and uvicorn are an extra; torch takes seconds to import, and the errors above are reported before it.
+            from train.serve.server import serve
     except ModuleNotFoundError as error:
         raise RecipeError(
             f"the server needs the package {error.name}. Install the extra: pip install 'stratum-pretrain[serve]'."

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.imports import collector_paused
 from recipes.schema.command import dotted_keys, run_tool
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
@@ -36,8 +37,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _write_cache(config: TeacherCacheConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    # Start-up cost: importing torch takes seconds; mistakes above are reported without it.
-    from train.teacher_cache.write_cache import write_cache
+    with collector_paused():
+        # Start-up cost: importing torch takes seconds; mistakes above are reported without it.
+        from train.teacher_cache.write_cache import write_cache
 
     write_cache(recipe, config)
     return 0

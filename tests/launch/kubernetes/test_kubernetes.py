@@ -18,7 +18,7 @@ from kubernetes_recipes import FULL, recipe_for
 from rules.rooms import ROOT
 
 from launch.kubernetes.command import main
-from launch.kubernetes.manifest import jobset, object_name
+from launch.kubernetes.manifest import jobset, object_name, trainjob
 from launch.local.failures import log_of
 from launch.local.node import node_of
 from launch.local.supervise import Node, StopRequest, run_attempt
@@ -52,16 +52,41 @@ def test_the_manifest_says_what_the_recipe_says() -> None:
     assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
 
 
+def test_a_trainjob_makes_the_same_jobset() -> None:
+    """As Trainer 2.3 builds it: the runtime's template, named and placed like the TrainJob; the pods are those of mlPolicy."""
+    words = ["-cn", "smoke"]
+    runtime, job = trainjob(recipe_for(), words)
+    expected = jobset(recipe_for(), words)
+    assert job["spec"]["runtimeRef"] == {
+        "apiGroup": "trainer.kubeflow.org", "kind": runtime["kind"], "name": runtime["metadata"]["name"]
+    }  # fmt: skip
+    assert runtime["metadata"]["namespace"] == job["metadata"]["namespace"], (
+        "a runtime is looked up in the job's namespace"
+    )
+    assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
+    template = runtime["spec"]["template"]
+    (replicated,) = template["spec"]["replicatedJobs"]
+    labels = replicated["template"].pop("metadata")["labels"]
+    assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"} and replicated["replicas"] == 1
+    assert template["spec"] == expected["spec"], "so the host name in MASTER_ADDR exists too"
+    assert {**job["metadata"], **template["metadata"]} == expected["metadata"]
+    assert runtime["spec"]["mlPolicy"] == {"numNodes": 2}, "no torch policy: Trainer adds no torchrun"
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["name"] == "node", "Trainer's admission requires this name"
+    assert trainjob(recipe_for(), words)[0]["metadata"] == runtime["metadata"]
+    assert trainjob(recipe_for(), [*words, "run.steps=3"])[0]["metadata"]["name"] != runtime["metadata"]["name"]
+
+
 def test_errors_that_would_repeat_are_not_retried_and_evictions_are_not_counted() -> None:
     """The messages are those of Kubernetes' Job controller (pkg/controller/job/pod_failure_policy.go, 1.33)."""
     spec = jobset(recipe_for(), [])["spec"]
     rules = spec["failurePolicy"]["rules"]
     assert all(re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]) for rule in rules), "JobSet's CRD"
     messages = {
-        "Container trainer for pod team/a failed with exit code 2 matching FailJob rule at index 0": "FailJobSet",
-        "Container trainer for pod team/a failed with exit code 3 matching FailJob rule at index 0": "FailJobSet",
+        "Container node for pod team/a failed with exit code 2 matching FailJob rule at index 0": "FailJobSet",
+        "Container node for pod team/a failed with exit code 3 matching FailJob rule at index 0": "FailJobSet",
         "Pod team/a has condition DisruptionTarget matching FailJob rule at index 1": "RestartJobSetAndIgnoreMaxRestarts",
-        "Container trainer for pod team/a failed with exit code 20 matching FailJob rule at index 0": None,
+        "Container node for pod team/a failed with exit code 20 matching FailJob rule at index 0": None,
     }
     for message, action in messages.items():
         chosen = (r["action"] for r in rules if any(re.search(p, message) for p in r["onJobFailureMessagePatterns"]))
@@ -122,6 +147,10 @@ def test_the_command_prints_or_submits(
     assert (tmp_path / "called").read_text().split() == ["create", "-f", "runs/smoke/logs/jobset.yaml"]
     assert main([*words, "launch.kubernetes.namespace=team"]) == 0
     assert "kubectl get jobset smoke --namespace team\n" in capsys.readouterr().out
+    kubectl.write_text('#!/bin/sh\necho "$@" >> both\n')
+    assert main([*words, "--kind", "trainjob"]) == 0 and "kubectl get trainjob smoke\n" in capsys.readouterr().out
+    logs = "runs/smoke/logs"
+    assert (tmp_path / "both").read_text() == f"apply -f {logs}/trainingruntime.yaml\ncreate -f {logs}/trainjob.yaml\n"
     kubectl.write_text('#!/bin/sh\necho "Error from server (AlreadyExists): ..." >&2\nexit 1\n')
     assert main(words) == 2
     assert "kubectl delete jobset smoke. If it belongs" in capsys.readouterr().err

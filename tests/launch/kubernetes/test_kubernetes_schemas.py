@@ -1,4 +1,5 @@
-"""Manifests against the published schemas: batch/v1 of Kubernetes (kubernetes-validate) and JobSet's (kubeflow-trainer-api).
+"""Manifests against the published schemas: batch/v1 of Kubernetes (kubernetes-validate), JobSet's and Trainer's
+(kubeflow-trainer-api).
 
 `make test-oracle`. tests/data/sources/install_clouds.sh fetches both packages into .clouds/kubernetes.
 """
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from kubernetes_recipes import recipes
 
-from launch.kubernetes.manifest import jobset
+from launch.kubernetes.manifest import jobset, trainjob
 
 CLOUDS = Path(__file__).resolve().parents[3] / ".clouds" / "kubernetes"
 pytestmark = pytest.mark.oracle
@@ -21,6 +22,10 @@ pytestmark = pytest.mark.oracle
 PROGRAM = """
 import sys, yaml, kubernetes_validate
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
+
+MODELS = {"JobSet": JobsetV1alpha2JobSet, "TrainJob": TrainerV1alpha1TrainJob, "TrainingRuntime": TrainerV1alpha1TrainingRuntime}
 
 def dropped(given, found, place=""):
     if isinstance(given, dict):
@@ -36,10 +41,13 @@ def dropped(given, found, place=""):
         yield f"{place}: {given!r}, {found!r}"
 
 for manifest in yaml.safe_load_all(sys.stdin):
-    print(*dropped(manifest, JobsetV1alpha2JobSet.from_dict(manifest).to_dict()))
-    template = manifest["spec"]["replicatedJobs"][0]["template"]
+    print(*dropped(manifest, MODELS[manifest["kind"]].from_dict(manifest).to_dict()))
+    if manifest["kind"] == "TrainJob":
+        continue
+    spec = manifest["spec"] if manifest["kind"] == "JobSet" else manifest["spec"]["template"]["spec"]
+    template = spec["replicatedJobs"][0]["template"]
     try:
-        kubernetes_validate.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **template},
+        kubernetes_validate.validate({"apiVersion": "batch/v1", "kind": "Job", **template, "metadata": {"name": "x"}},
                                      "1.37", strict=True)
     except kubernetes_validate.ValidationError as error:
         print(error.message)
@@ -57,7 +65,9 @@ def complaints(manifests: list[dict[str, object]]) -> str:
 
 
 def test_manifests_have_only_published_fields() -> None:
-    assert complaints([jobset(recipe, ["-cn", "smoke"]) for recipe in recipes()]) == ""
+    words = ["-cn", "smoke"]
+    assert complaints([jobset(recipe, words) for recipe in recipes()]) == ""
+    assert complaints([manifest for recipe in recipes() for manifest in trainjob(recipe, words)]) == ""
 
 
 def test_the_schemas_find_misspelt_fields() -> None:
@@ -66,3 +76,9 @@ def test_the_schemas_find_misspelt_fields() -> None:
     manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 1
     found = complaints([manifest])
     assert ".maxRestart" in found and "backofLimit" in found
+    runtime, job = trainjob(recipes()[0], [])
+    runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 1
+    runtime["spec"]["mlPolicy"]["numNode"] = 1
+    job["spec"]["podTemplateOverrides"] = []  # of Trainer before 2.2
+    found = complaints([runtime, job])
+    assert ".numNode" in found and "backofLimit" in found and ".podTemplateOverrides" in found
