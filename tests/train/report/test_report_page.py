@@ -50,6 +50,7 @@ RICH: list[dict[str, Any]] = [
     {"kind": "tasks", "step": 40, "tasks": {EVIL: {"items": 3, "metrics": {"accuracy": ACCURACY}}}},
     *({"kind": "rollouts", "step": n, "reward_mean": n / 40, "time": 1.7e9 + 83, **ROLLOUTS} for n in (1, 40)),
     {"kind": "rollouts", "step": 41, "verifiers": [], "log_prob_gap": None},
+    *({"kind": "samples", "step": n, "samples": [{"prompt": f"Once {EVIL}", "text": f" upon {n} times"}]} for n in (0, 20, 40)),
     {"kind": "rollout_samples", "step": 40, "samples": [{"prompt": EVIL, "answer": "</script>", "reward": 1.0}]},
     {"kind": "warning", "text": EVIL, "time": 1.7e9 + 84},
 ]  # fmt: skip
@@ -105,6 +106,9 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
                 )
                 == 0
             )
+            assert "upon 40 times" in texts and "upon 20 times" not in texts
+            await view.evaluate("document.querySelector('.leaf button').onclick()")
+            assert "upon 20 times" in await view.evaluate("document.body.innerText")
             shown = "charts.map(chart => [chart.plot.scales.x.min, chart.plot.scales.x.max])"
             await view.evaluate("setZoom([10, 20])")
             await view.wait_for(f"{shown}.every(([low, high]) => low == 10 && high == 20)")
