@@ -95,6 +95,7 @@ def place_in(folder: Path) -> Place:
             "data.fim.middle": ["<|fim_middle|>", "<|endoftext|>"],
             "objective.teacher": checkpoints, "objective.teacher_cache": [None, str(folder / "no_answers")],
             "objective.hidden_layers": ["final", "3:5", "0:0,3:3", "x"],
+            "evaluate.sample_prompts": [(), (), ("Once upon",)],
             "evaluate.tasks": [(), ("needle-1k",), ("words-1k",), ("bfcl/parallel",), ("nedle",), (str(folder / "mine.yaml"),)],
             "checkpoint.allow": [(), ("data_order", "arithmetic")],
             "schedule.warmup": [0, 4, 50, 0.25], "schedule.decay": [0, 4, 0.5],

@@ -21,7 +21,7 @@ from data.order.left_out import left_out
 from data.stream import Dataset, Stream
 from data.system import disk
 from recipes.schema.errors import CheckpointError, CorruptionError, DataError, NumericsError, refuse
-from recipes.schema.evaluate import heldout_is_due, tasks_are_due
+from recipes.schema.evaluate import heldout_is_due, samples_are_due, tasks_are_due
 from recipes.schema.facts import named as named_checkpoint
 from recipes.schema.ledger import Ledger
 from recipes.schema.pattern import flops_per_token, parameters
@@ -49,6 +49,7 @@ from train.engine import Engine
 from train.evaluate.ask import TaskResult
 from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
+from train.evaluate.prompt_samples import prompt_samples
 from train.evaluate.training_tasks import open_training_tasks, task_scores
 from train.integrity.replay import replicas_have_all_experts
 from train.integrity.watch import Integrity
@@ -216,6 +217,10 @@ def _train(
                 with telemetry.phase("scoring tasks"):
                     results = task_scores(engine, tasks, tokenizer, shape=recipe.model)
                 telemetry.event("tasks", step=at, tasks=results)
+            if samples_are_due(recipe.evaluate, at, steps=recipe.run.steps):
+                with telemetry.phase("writing samples"):
+                    texts = prompt_samples(recipe, engine, tokenizer=tokenizer)
+                telemetry.event("samples", step=at, samples=texts)
 
         def state_at(at: int, rows: int) -> RunState:
             state = replace(start.state, step=at, position=rows, tokens=stream.tokens)

@@ -23,11 +23,21 @@ class EvaluateConfig:
     """Score tasks at every multiple of this step, and at the start and end; 0: at the start and end only."""
     task_items: PositiveInt = 256
     """Number of items of each task to score; all of them if there are fewer."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues at each held-out evaluation (`every_steps`), to be read in the report. They need what tasks
+    with generated text need. All ranks wait for them: sample_tokens forward passes of one token for each 16 prompts of a rank."""
+    sample_tokens: PositiveInt = 64
+    """Largest number of tokens to write after each of sample_prompts."""
 
 
 def heldout_is_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:
     """Whether held-out rows are scored after `step` of `steps` steps."""
     return _is_due(config.every_steps, step, steps)
+
+
+def samples_are_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:
+    """Whether sample_prompts are continued after `step` of `steps` steps."""
+    return bool(config.sample_prompts) and heldout_is_due(config, step, steps=steps)
 
 
 def tasks_are_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:

@@ -25,6 +25,9 @@ def reward_problems(recipe: Recipe) -> list[Problem]:
         text = f"evaluate.tasks={','.join(recipe.evaluate.tasks)} needs a language model, but model.head=scalar."
         remedy = "Set evaluate.tasks=[]: held-out preferences are scored in any case."
         found.append(Problem("evaluate.tasks", text, remedy))
+    if head == "scalar" and recipe.evaluate.sample_prompts:
+        text = "evaluate.sample_prompts needs a language model, but model.head=scalar."
+        found.append(Problem("evaluate.sample_prompts", text, "Set evaluate.sample_prompts=[]."))
     return found
 
 

@@ -56,7 +56,7 @@ from recipes.schema.scaling import (
 )
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.storage_rules import storage_notes, storage_problems
-from recipes.schema.tasks import task_problems
+from recipes.schema.tasks import sample_problems, task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
 from recipes.schema.weight_formats import rounding_problems
 
@@ -116,6 +116,7 @@ def problems(
             backend=backend,
             reads_files=here and disk is not None,
         ),
+        *sample_problems(recipe.evaluate.sample_prompts, parallel=recipe.parallel, backend=backend),
     ]
     if not pattern_problems(recipe.model.pattern) and not mtp_problems(recipe.model):
         found += precision_problems(recipe, machine)

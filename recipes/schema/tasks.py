@@ -150,6 +150,16 @@ def task_problems(
     return found
 
 
+def sample_problems(prompts: tuple[str, ...], *, parallel: ParallelConfig, backend: str) -> list[Problem]:
+    """Why the model that trains cannot continue `evaluate.sample_prompts`. backend: as in `task_problems`."""
+    whole = reads_whole_rows_only(parallel, backend) if prompts else []
+    if not whole:
+        return []
+    text = f"evaluate.sample_prompts needs generated text; {', '.join(whole)} only scores text."
+    remedy = "Leave it out, and use `stratum generate` on the run's checkpoints."
+    return [Problem("evaluate.sample_prompts", text, remedy)]
+
+
 def _during_training(
     name: str, row_tokens: int, parallel: ParallelConfig, backend: str, reads_files: bool
 ) -> tuple[str, str]:

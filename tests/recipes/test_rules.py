@@ -371,6 +371,14 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"evaluate.tasks": ("human-eval",)},
         "evaluate.tasks: human-eval runs code that the model wrote.",
     ),
+    "samples of a model that generates nothing here": (
+        {"evaluate.sample_prompts": ("Once",), "parallel.pipeline": 2},
+        "evaluate.sample_prompts needs generated text; parallel.pipeline=2 only scores text. Leave it out, and use",
+    ),
+    "samples of a scalar head": (
+        {"model.head": "scalar", "objective.kind": "reward", "evaluate.sample_prompts": ("Once",)},
+        "evaluate.sample_prompts needs a language model, but model.head=scalar. Set evaluate.sample_prompts=[].",
+    ),
     "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, but"),
     "a name too long for the system": ({"run.name": 256 * "x"}, "has a part longer than 200 bytes"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),

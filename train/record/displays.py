@@ -177,6 +177,12 @@ class TensorBoard:
         for line in lines:
             for name, value in scalars_of(line).items():
                 self._writer.add_scalar(name, value, line["step"])
+            if line["kind"] == "samples":
+                for number, sample in enumerate(line["samples"], start=1):
+                    # Markdown: an indented text is shown as it is.
+                    text = sample["prompt"] + sample["text"]
+                    shown = "\n".join(f"    {part}" for part in printable_lines(text).split("\n"))
+                    self._writer.add_text(f"samples/{number}", shown, line["step"])
         self._writer.flush()
 
     def close(self) -> None:

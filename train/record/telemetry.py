@@ -8,6 +8,7 @@ line per step. Everything else is made from metrics.jsonl:
                      of chats also "labels": learned ones of the step
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
     {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
+    {"kind": "samples", "step": 80, "samples": [{"prompt": ..., "text": ...}]}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
     {"kind": "skip" | "rollback", "step": 12, "reason": ..., "loss": ..., "grad_norm": ..., "documents": [...], ...}
     {"kind": "experts", "step": 20, "layers": [{"layer": 1, "load_max": 1.3, "entropy": 0.98, "dropped": 0.0, ...}]}

@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes.schema.run_folder import Line, as_number
 from train.report.summary import RunRecord, smooth
+from train.report.titles import title_of_metric, title_of_part
 
 MOST_POINTS = 2000
 
@@ -82,9 +83,12 @@ def thin(label: str, steps: Sequence[int], values: Sequence[float], *, most: int
 
 def charts_of(records: Sequence[RunRecord]) -> dict[str, list[Chart]]:
     """Charts by section of the page; a chart without any value is left out."""
+    # A policy's loss is no cross-entropy: it is near 0, of any sign, and does not fall as the policy learns.
+    is_policy = any(line["kind"] == "rollouts" for record in records for line in record.events)
+    losses = [_loss(record) for record in records]
     sections = {
         "Training": [
-            Chart("Training loss", "nats", [_loss(record) for record in records], is_log=True),
+            Chart("Policy loss", "", losses) if is_policy else Chart("Training loss", "nats", losses, is_log=True),
             Chart(
                 "Held-out text", "bits per byte", [_by_name(record.evaluations, "") for record in records], is_log=True
             ),
@@ -183,14 +187,15 @@ def _parts(records: Sequence[RunRecord]) -> list[Chart]:
     )
     charts = []
     for name in names:
+        title = title_of_part(name)
         curves = []
         for record in records:
             found = [
                 (step, line["loss_parts"]) for step, line in record.steps.items() if name in line.get("loss_parts", ())
             ]
-            steps, values = [step for step, _ in found], [as_number(parts[name]) for _, parts in found]
+            steps, values = [step for step, _ in found], [title.times * as_number(parts[name]) for _, parts in found]
             curves.append([thin("", steps, smooth(values))] if steps else [])
-        charts.append(Chart(name.replace("_", " "), "", curves))
+        charts.append(Chart(title.text, title.unit, curves))
     return charts
 
 
@@ -231,32 +236,49 @@ def _rollouts(records: Sequence[RunRecord]) -> list[Chart]:
         for record in records
     ]
 
-    def chart(title: str, unit: str, *paths: str, is_log: bool = False) -> Chart:
-        return Chart(title, unit, [_paths(lines, paths) for lines in batches], is_log=is_log)
+    def chart(title: str, unit: str, *paths: str, times: float = 1.0, is_log: bool = False) -> Chart:
+        return Chart(title, unit, [_paths(lines, paths, times=times) for lines in batches], is_log=is_log)
 
     kinds = sorted({kind for lines in batches for line in lines for kind in _mapping(line, "verifiers")})
     return [
-        Chart("Reward", "", [_reward(lines) for lines in batches]),
-        Chart("Answers that passed, by kind of verifier", "%", [_passed(lines, kinds) for lines in batches]),
-        Chart("Verifiers that failed", "answers of a batch", [_failed(lines, kinds) for lines in batches]),
+        Chart("Reward of a batch's answers, mean and deviation", "", [_reward(lines) for lines in batches]),
+        Chart("Answers with the full reward, by kind of verifier", "%", [_passed(lines, kinds) for lines in batches]),
+        Chart(
+            "Answers without a reward because a verifier failed",
+            "answers of a batch",
+            [_failed(lines, kinds) for lines in batches],
+        ),
         chart("Length of answers", "tokens", "answer_tokens_mean", "answer_tokens_max"),
-        chart("Entropy", "nats per token", "entropy"),
-        chart("Share of answers that ended", "", "ended"),
-        chart("Share of groups with different rewards", "", "informative"),
-        chart("Gap between sampler and trainer", "nats", "log_prob_gap.max", "log_prob_gap.mean", is_log=True),
-        chart("Seconds of a batch", "s", "generation_s", "judging_s", "log_probs_s"),
+        chart("Entropy of the policy", "nats per token", "entropy"),
+        chart("Answers that ended by themselves", "%", "ended", times=100),
+        chart("Prompts whose answers differ in reward", "%", "informative", times=100),
+        chart(
+            "Log-probability of a token, sampler and trainer apart",
+            "nats",
+            "log_prob_gap.max",
+            "log_prob_gap.mean",
+            is_log=True,
+        ),
+        chart("Time of a batch", "s", "generation_s", "judging_s", "log_probs_s"),
     ]
 
 
-def _paths(lines: Sequence[Line], paths: Sequence[str]) -> list[Curve]:
+_LABELS = {
+    "answer_tokens_mean": "mean", "answer_tokens_max": "longest", "max": "largest", "mean": "mean",
+    "generation_s": "generation", "judging_s": "judging", "log_probs_s": "log-probabilities",
+}  # fmt: skip
+"""Curves of charts with several, by recorded name."""
+
+
+def _paths(lines: Sequence[Line], paths: Sequence[str], *, times: float) -> list[Curve]:
     """A curve for each field, or field of a field."""
     curves = []
     for path in paths:
         group, _, name = path.rpartition(".")
         found = [(line["step"], _mapping(line, group) if group else line) for line in lines]
-        points = [(step, as_number(fields[name])) for step, fields in found if name in fields]
+        points = [(step, times * as_number(fields[name])) for step, fields in found if name in fields]
         if points:
-            label = name.removesuffix("_s").replace("_", " ") if len(paths) > 1 else ""
+            label = _LABELS.get(name, name) if len(paths) > 1 else ""
             curves.append(thin(label, [step for step, _ in points], [value for _, value in points]))
     return curves
 
@@ -310,10 +332,15 @@ def _tasks(records: Sequence[RunRecord]) -> list[Chart]:
         for entry in tasks.values()
         for metric in entry["metrics"]
     )
-    return [Chart(metric.replace("_", " "), "", [_scores(scores, metric) for scores in scored]) for metric in metrics]
+    charts = []
+    for metric in metrics:
+        title = title_of_metric(metric)
+        curves = [_scores(scores, metric, times=title.times) for scores in scored]
+        charts.append(Chart(title.text, title.unit, curves))
+    return charts
 
 
-def _scores(scores: Mapping[int, Mapping[str, Any]], metric: str) -> list[Curve]:
+def _scores(scores: Mapping[int, Mapping[str, Any]], metric: str, *, times: float) -> list[Curve]:
     curves = []
     for task in dict.fromkeys(task for tasks in scores.values() for task in tasks):
         found = [
@@ -322,7 +349,9 @@ def _scores(scores: Mapping[int, Mapping[str, Any]], metric: str) -> list[Curve]
             if isinstance(entry := scores[step].get(task, {}).get("metrics", {}).get(metric), dict)
         ]
         if found:
-            value, low, high = ([as_number(entry.get(end)) for _, entry in found] for end in ("value", "low", "high"))
+            value, low, high = (
+                [times * as_number(entry.get(end)) for _, entry in found] for end in ("value", "low", "high")
+            )
             curves.append(Curve(task, [step for step, _ in found], value, low, high, has_points=True))
     return curves
 

@@ -35,6 +35,11 @@ MOST_MEASUREMENTS = 60
 MOST_EVENTS = 500
 MOST_SAMPLES = 40
 """Samples that are shown: a quarter from the beginning of the run, the others from its end."""
+MOST_SAMPLED_STEPS = 60
+"""Steps whose continuations of `evaluate.sample_prompts` are shown, evenly spread, the last among them."""
+MOST_TEXTS = 32
+MOST_TEXT = 4000
+"""Texts of a step that are shown, and characters of each."""
 MOST_TRACES = 4
 _TOLD_ELSEWHERE = {
     "experts",
@@ -42,6 +47,7 @@ _TOLD_ELSEWHERE = {
     "tasks",
     "rollouts",
     "rollout_samples",
+    "samples",
     "save_requested",
     "save_staged",
     "unreduced_step",
@@ -83,6 +89,7 @@ def describe(run: ReportedRun) -> dict[str, Any]:
         "precision": _precision(record),
         "profile": _profile(run.folder),
         "samples": _samples(run),
+        "continued": _continued(run.lines),
         "events": _events(run.lines),
         "recipe": recipe_yaml(run.recipe),
     }
@@ -274,6 +281,28 @@ def _samples(run: ReportedRun) -> list[dict[str, Any]]:
                     found.append({"title": f"step {line.get('step')}", "text": printable_lines("\n".join(parts))})
     first = MOST_SAMPLES // 4
     return found if len(found) <= MOST_SAMPLES else found[:first] + found[first - MOST_SAMPLES :]
+
+
+def _continued(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """What the model wrote after each prompt of `evaluate.sample_prompts`, by step; of a repeated step, the last time."""
+    last = {
+        line["step"]: line["samples"]
+        for line in lines
+        if line["kind"] == "samples" and type(line.get("step")) is int and isinstance(line.get("samples"), list)
+    }
+    steps = sorted(last)
+    size = max(1, math.ceil(len(steps) / MOST_SAMPLED_STEPS))
+    return [
+        {
+            "step": step,
+            "texts": [
+                [printable_lines(str(sample.get(part, ""))[:MOST_TEXT]) for part in ("prompt", "text")]
+                for sample in last[step][:MOST_TEXTS]
+                if isinstance(sample, dict)
+            ],
+        }
+        for step in steps[::-1][::size][::-1]
+    ]
 
 
 def _events(lines: Sequence[Line]) -> list[list[str]]:

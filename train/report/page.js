@@ -183,6 +183,26 @@ function dataTable(run) {
   return [table(["source", "wanted share", "drawn share", "rows drawn", "epochs"], run.data.rows)]
 }
 const samples = run => run.samples.map(({title, text}, i) => el("details", i ? {} : {open: ""}, el("summary", {}, title), el("pre", {}, text)))
+/* What the model wrote at each evaluation: one step at a time, leafed through with buttons, the slider or its arrow keys. */
+function continued(run) {
+  const all = run.continued
+  if (!all.length) return []
+  const label = el("span", {class: "muted"}), body = el("div")
+  const slider = el("input", {type: "range", min: 0, max: all.length - 1, value: all.length - 1, "aria-label": "step of the samples",
+    oninput: () => show(Number(slider.value))})
+  const turn = (text, title, by) => el("button", {type: "button", title, "aria-label": title, onclick: () => {
+    slider.value = Number(slider.value) + by
+    show(Number(slider.value))
+  }}, text)
+  function show(at) {
+    label.textContent = `step ${all[at].step.toLocaleString("en")} (${at + 1} of ${all.length})`
+    body.replaceChildren(...all[at].texts.map(([prompt, text]) =>
+      el("pre", {class: "panel"}, el("span", {class: "muted"}, prompt), text)))
+  }
+  show(all.length - 1)
+  return [el("p", {class: "muted"}, "What the model wrote after each prompt (grey) of evaluate.sample_prompts."),
+    el("div", {class: "leaf"}, turn("\u25c0", "earlier", -1), slider, turn("\u25b6", "later", 1), label), body]
+}
 const facts = run => [
   ...(run.planned.length ? [el("h3", {}, "Planned and measured"), table(["", "planned", "measured"], run.planned)] : []),
   table([], Object.entries(run.facts)),
@@ -207,7 +227,7 @@ function build() {
     el("p", {class: "muted"}, "The operations that took longest. Open the trace in the run's folder profile/ at ui.perfetto.dev."),
     table(["trace", "operation", "calls", "ms", "share"], run.profile)] : []))
   add("Data", each(dataTable))
-  add("Samples", each(samples))
+  add("Samples", each(run => [...continued(run), ...samples(run)]))
   add("Run", each(facts))
   add("Events", each(run => run.events.length ? [el("details", run.events.length < 12 ? {open: ""} : {},
     el("summary", {}, `${run.events.length} events`), table(["time", "event", "step", ""], run.events))] : []))

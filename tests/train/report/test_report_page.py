@@ -13,11 +13,19 @@ from test_foreign_records import EVIL, READING, mutated_records
 from test_report import MACHINE, RECIPE, begin, folder_of, step
 
 from recipes.schema.errors import StratumError
+from recipes.schema.mtp import MtpConfig
 from recipes.schema.run_folder import METRICS
+from train.align.dpo import DPO_PARTS
+from train.align.policy_step import PARTS as POLICY_PARTS
+from train.align.reward import REWARD_PARTS
+from train.distill.objective import PARTS as DISTILL_PARTS
+from train.objective.next_token import Z_LOSS_PARTS
+from train.objective.several_tokens import parts_of
 from train.report.command import main
 from train.report.curves import thin
 from train.report.facts import read_reported
 from train.report.page import page
+from train.report.titles import title_of_part
 
 STEPS = [
     step(
@@ -50,6 +58,7 @@ RICH: list[dict[str, Any]] = [
     {"kind": "tasks", "step": 40, "tasks": {EVIL: {"items": 3, "metrics": {"accuracy": ACCURACY}}}},
     *({"kind": "rollouts", "step": n, "reward_mean": n / 40, "time": 1.7e9 + 83, **ROLLOUTS} for n in (1, 40)),
     {"kind": "rollouts", "step": 41, "verifiers": [], "log_prob_gap": None},
+    *({"kind": "samples", "step": n, "samples": [{"prompt": f"Once {EVIL}", "text": f" upon {n} times"}]} for n in (0, 20, 40)),
     {"kind": "rollout_samples", "step": 40, "samples": [{"prompt": EVIL, "answer": "</script>", "reward": 1.0}]},
     {"kind": "warning", "text": EVIL, "time": 1.7e9 + 84},
 ]  # fmt: skip
@@ -90,7 +99,7 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
             texts = await view.evaluate("document.body.innerText")
             for part in (
                 "Held-out text",
-                "margin",
+                "Reward of the better minus",
                 "goodput",
                 "Low precision",
                 "stopped",
@@ -105,6 +114,9 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
                 )
                 == 0
             )
+            assert "upon 40 times" in texts and "upon 20 times" not in texts
+            await view.evaluate("document.querySelector('.leaf button').onclick()")
+            assert "upon 20 times" in await view.evaluate("document.body.innerText")
             shown = "charts.map(chart => [chart.plot.scales.x.min, chart.plot.scales.x.max])"
             await view.evaluate("setZoom([10, 20])")
             await view.wait_for(f"{shown}.every(([low, high]) => low == 10 && high == 20)")
@@ -113,7 +125,7 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
             )
             await view.wait_for("charts[0].plot.data[0].at(-1) == 4000")  # 100 tokens a step
             await view.evaluate("document.querySelector('.panel button').onclick()")
-            await view.wait_for("charts[0].plot.scales.y.distr == 3")
+            await view.wait_for("charts.find(chart => chart.spec.log).plot.scales.y.distr == 3")
             for name, width, dark in (("wide", 1300, False), ("phone", 390, True)):
                 await view.look(width=width, height=900, dark=dark)
                 await view.wait_for("document.documentElement.scrollWidth <= innerWidth", seconds=10)
@@ -139,10 +151,13 @@ def test_the_page_has_what_the_run_recorded(tmp_path: Path) -> None:
     assert run["timeline"]["marks"] == [[round(41 / 84, 5), "save", 20], [round(41.6 / 84, 5), "resume", 20]]
     charts = {chart["title"]: chart for section in data["charts"].values() for chart in section}
     assert charts["Held-out text"]["runs"][0][0]["values"] == [4.0, 2.0]
-    assert charts["Reward"]["runs"][0][0]["high"] == [0.275, 1.25, None]
-    assert charts["Answers that passed, by kind of verifier"]["runs"][0][0]["values"] == [75.0, 75.0]
-    assert [curve["label"] for curve in charts["Gap between sampler and trainer"]["runs"][0]] == ["max", "mean"]
-    assert charts["accuracy"]["runs"][0][0]["low"] == [0.2]
+    assert charts["Reward of a batch's answers, mean and deviation"]["runs"][0][0]["high"] == [0.275, 1.25, None]
+    assert charts["Answers with the full reward, by kind of verifier"]["runs"][0][0]["values"] == [75.0, 75.0]
+    gap = charts["Log-probability of a token, sampler and trainer apart"]["runs"][0]
+    assert [curve["label"] for curve in gap] == ["largest", "mean"]
+    assert charts["Accuracy"]["runs"][0][0]["low"] == [20.0] and charts["Accuracy"]["unit"] == "%"
+    assert charts["Answers that ended by themselves"]["runs"][0][0]["values"] == [100.0, 100.0]
+    assert "Policy loss" in charts and "Training loss" not in charts, "a policy's loss is not in nats"
     assert run["precision"]["rows"][0][2] == [30.0, None]
     assert run["data"]["note"] and data["differences"] == []
     assert "http" not in re.sub(r"/\*!.*?\*/", "", html.replace("http-equiv", "")).replace(
@@ -166,6 +181,15 @@ def test_a_source_that_only_one_run_has_is_one_difference(tmp_path: Path) -> Non
         ["data.sources.pairs", "no such source", "pairs.jsonl"],
         ["data.sources.texts", "texts.jsonl", "no such source"],
     ]
+
+
+def test_every_part_of_a_loss_has_a_title() -> None:
+    """Charts were headed by recorded names, such as `clipped low`, without a unit."""
+    parts = {*DPO_PARTS, *REWARD_PARTS, *POLICY_PARTS, *DISTILL_PARTS, *Z_LOSS_PARTS, *parts_of(MtpConfig(depths=2))}
+    plain = {name for name in parts if title_of_part(name).text.lower() == name.replace("_", " ")}
+    assert not plain and title_of_part("mtp_1").text == "Loss of token 2 ahead"
+    assert len({title_of_part(name).text for name in parts}) == len(parts)
+    assert title_of_part("own_part").text == "Own part"
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
