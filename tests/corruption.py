@@ -1,7 +1,8 @@
 """Planted corruption on one rank: bits flipped in its state, activations, rows, products and transit; the state put back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,14 +104,34 @@ class FaultyProducts:
             product_check.multiply = plain
 
 
+class _Arriving:
+    """A message that is damaged when it has arrived. With gloo a second wait for it would never return."""
+
+    def __init__(self, work: Any, arrived: Callable[[], None]) -> None:
+        self._work, self._arrived = work, arrived
+
+    def wait(self) -> bool:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self._arrived()
+        return True
+
+
 class FaultyTransit:
-    """Flips a bit in one tensor that this rank receives from a collective or message. `calls` names them in order."""
+    """Flips a bit in one tensor that this rank receives from a collective or message. `calls` names them in order.
+
+    The first one from number `target` on with elements (an exchange of experts may bring none), of the kind `only`.
+    """
 
     def __init__(self, mesh: Any) -> None:
         self._unwatched = (None, mesh.watching, mesh.saving, mesh.copying)
-        self._stages = mesh.groups.pp
+        self._is_virtual = mesh.layout.virtual > 1
         self.calls: list[str] = []
         self.target: int | None = None
+        self.only: str | None = None
+        self.hit: str | None = None
+        """What was damaged."""
         self.bit, self.element = 30, 0
         self.change = 0.0
         self.unit = 0.0
@@ -119,7 +140,9 @@ class FaultyTransit:
         self._waiting: list[Any] | None = None
 
     def _arrived(self, name: str, tensor: torch.Tensor, unit: bool) -> None:
-        if len(self.calls) == self.target and tensor.numel():
+        is_due = self.target is not None and len(self.calls) >= self.target and self.only in (None, name)
+        if is_due and tensor.numel():
+            self.target, self.hit = None, name
             flat = tensor.detach().view(-1)
             element = self.element % flat.numel()
             before = flat[element].item()
@@ -172,15 +195,21 @@ class FaultyTransit:
             else:
                 finish()
 
-        def messages(operations: list[Any]) -> Any:
-            works = plain_messages(operations)
-            for one, work in zip(operations, works, strict=True):
-                work.wait()
-                if one.op is dist.irecv:
-                    self._arrived("message", one.tensor, False)
-            return works
+        def receive(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+            return _Arriving(
+                plain_receive(tensor, *arguments, **named), lambda: self._arrived("message", tensor, False)
+            )
 
-        plain_coalescing, plain_messages = param_and_grad_buffer._coalescing_manager, dist.batch_isend_irecv
+        def messages(operations: list[Any]) -> list[Any]:
+            works = plain_messages(operations)
+            received = [one.tensor if one.op is plain_receive else None for one in operations]
+            return [
+                _Arriving(work, partial(self._arrived, "message", tensor, False)) if tensor is not None else work
+                for tensor, work in zip(received, works, strict=True)
+            ]
+
+        plain_messages = dist.batch_isend_irecv
+        plain_coalescing, plain_receive = param_and_grad_buffer._coalescing_manager, dist.irecv
         names = {
             "all_reduce": True, "all_gather_into_tensor": False, "all_gather": False, "reduce_scatter_tensor": True,
             "all_to_all_single": False,
@@ -192,9 +221,12 @@ class FaultyTransit:
         for (module, name, unit), (_, _, plain) in zip(places, before, strict=True):
             setattr(module, name, collective(name, plain, unit))
         param_and_grad_buffer._coalescing_manager, dist.batch_isend_irecv = coalescing, messages
+        if self._is_virtual:  # otherwise Megatron hands the function itself to torch, which knows only its own
+            dist.irecv = receive
         try:
             yield
         finally:
             for module, name, plain in before:
                 setattr(module, name, plain)
             param_and_grad_buffer._coalescing_manager, dist.batch_isend_irecv = plain_coalescing, plain_messages
+            dist.irecv = plain_receive

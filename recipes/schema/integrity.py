@@ -25,9 +25,7 @@ class IntegrityConfig:
     """Share of steps whose gradient is computed again on the same rank and on the next data-parallel rank, and compared bit for
     bit. Each costs about two more steps: 0.5 % of the time with the default, which is the share that Gemini 2.5 reports."""
     products: tuple[Literal["attention", "mamba", "mlp", "experts", "output"], ...] = ()
-    """Kinds of layers whose matrix products are checked by sums at every step, forward and backward. On a CPU and with
-    parallel.pipeline=1 only: Transformer
+    """Kinds of layers whose matrix products are checked by sums at every step, forward and backward. On a CPU only: Transformer
     Engine's products cannot be checked. Default: none, because the sums cost several percent of a step (docs/resilience.md)."""
     collectives: bool = False
-    """Whether the results of collectives in training steps are checked: sums of sums, and fingerprints of copies.
-    Only with parallel.pipeline=1 and parallel.expert=1."""
+    """Whether the results of collectives in training steps are checked: sums of sums, and fingerprints of copies."""

@@ -29,7 +29,7 @@ def spike_problems(recipe: Recipe) -> list[Problem]:
 
 
 def integrity_problems(recipe: Recipe) -> list[Problem]:
-    """Checks for silent corruption that are configured but turned off, or that do not cover the layout."""
+    """Checks for silent corruption that are configured but turned off."""
     config = recipe.run.integrity
     chosen = {"products": list(config.products), "collectives": config.collectives}
     found = [
@@ -41,12 +41,4 @@ def integrity_problems(recipe: Recipe) -> list[Problem]:
         for name, value in chosen.items()
         if value and not config.enabled
     ]
-    degrees = {"pipeline": recipe.parallel.pipeline, "expert": recipe.parallel.expert}
-    for name, value in chosen.items():
-        for degree in ("pipeline", "expert") if name == "collectives" else ("pipeline",):
-            if value and degrees[degree] > 1:
-                text = f"run.integrity.{name} does not support parallel.{degree}={degrees[degree]}."
-                found.append(
-                    Problem(f"run.integrity.{name}", text, f"Remove run.integrity.{name}, or use parallel.{degree}=1.")
-                )
     return found

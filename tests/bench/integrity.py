@@ -16,6 +16,7 @@ from tiny import engine_of
 
 from recipes.schema.integrity import IntegrityConfig
 from tests.bench.__main__ import SMOKE, bare_step, batch_of, in_turn, recipe_of
+from train.integrity.collectives import CollectiveWatch
 from train.integrity.replay import StepReplay
 from train.integrity.state import StateWatch
 
@@ -30,7 +31,12 @@ def main() -> None:
     with engine_of(recipe, rank=0, world=1) as engine:
         batch = batch_of(recipe.model.vocab)
         state = StateWatch(engine)
-        replay = StepReplay(engine, rows=lambda _positions: batch, compares_ranks=False)
+        replay = StepReplay(
+            engine,
+            collectives=CollectiveWatch(engine.mesh, keeps_records=False),
+            rows=lambda _positions: batch,
+            compares_ranks=False,
+        )
 
         def compare() -> None:
             state.remember()

@@ -5,7 +5,8 @@
 
 Inside `CollectiveWatch.watching` torch's functions are replaced, also under the names by which Megatron imported them, so that
 gradients, parameters, tensor and expert parallelism and pipeline messages all pass through here. Each call leaves a small
-record; `judge` exchanges the records within each group and compares them, so no call waits for a check.
+record; `judge` exchanges the records within each group and compares them, so no call waits for a check. Inside
+`CollectiveWatch.tracing` the fingerprints of what this rank sent and received are listed in order (for `train.integrity.replay`).
 
 A sum of g numbers is rounded g - 1 times. In the model of `train.native.product_check` (same sources), the signed sum of these
 errors is at most LAMBDA u sqrt(g - 1) sum over ranks |x_rank|_2. Sums of whole numbers must be exact. A maximum is only checked
@@ -18,8 +19,8 @@ import train.megatron  # noqa: F401  prepares Megatron before the imports below
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,10 @@ _FAMILIES = {
     "mp": "model", "tp_ep_pp": "expert model", "intra_dist_opt": "optimizer",
 }  # fmt: skip
 """Words for the groups of `Mesh.groups`, which are watched. Others, such as those for saves, are not."""
+
+
+Trace = list[tuple[bool, str]]
+"""What a rank sent and received, in order: (whether it received it, fingerprint)."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,12 @@ class TransitFault:
 class CollectiveWatch:
     """Records the collectives of one engine's training steps."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, *, keeps_records: bool) -> None:
+        """keeps_records: whether `judge` will be called; otherwise only `tracing` does anything."""
         self._mesh = mesh
+        self._keeps_records = keeps_records
+        self._trace: Trace | None = None
+        self._is_watching = False
         self._families: dict[Any, str] = {}
         for attribute, group in sorted(vars(mesh.groups).items(), key=lambda one: one[0] not in _FAMILIES):
             if isinstance(group, dist.ProcessGroup) and group.size() > 1:
@@ -95,8 +104,21 @@ class CollectiveWatch:
         self._calls = itertools.count(1)
 
     @contextmanager
+    def tracing(self, trace: "Trace") -> Iterator[None]:
+        """List what this rank sends to and receives from other ranks of its replica inside the block."""
+        self._trace = trace
+        try:
+            with self.watching() if any(map(_is_in_replica, self._families.values())) else nullcontext():
+                yield
+        finally:
+            self._trace = None
+
+    @contextmanager
     def watching(self) -> Iterator[None]:
-        """Record the calls inside the block."""
+        """Record the calls inside the block. Blocks may be inside each other."""
+        if self._is_watching:
+            yield
+            return
         replaced: dict[tuple[Any, str], Callable[..., Any]] = {
             (dist, "all_reduce"): self._all_reduce,
             (dist, "all_gather_into_tensor"): self._all_gather,
@@ -119,9 +141,11 @@ class CollectiveWatch:
         self._begin_coalescing = param_and_grad_buffer._coalescing_manager
         for (module, name), function in replaced.items():
             setattr(module, name, _with_plain(function, before[module, name]))
+        self._is_watching = True
         try:
             yield
         finally:
+            self._is_watching = False
             for (module, name), function in before.items():
                 setattr(module, name, function)
 
@@ -165,11 +189,23 @@ class CollectiveWatch:
         is_gather = "data" in family and text.startswith("gather")
         return TransitFault(ranks, f"{text} (the {family} group, ranks {members})", is_gather)
 
+    def _sent(self, group: Any, tensors: Iterable[torch.Tensor]) -> list[_Part]:
+        parts = [_part(one) for one in tensors]
+        if self._trace is not None and _is_in_replica(self._families[group]):
+            self._trace += [(False, one.digest) for one in parts]
+        return parts
+
+    def _note(self, group: Any, record: _Record) -> None:
+        if self._keeps_records:
+            self._records[group].append(record)
+        if self._trace is not None and _is_in_replica(self._families[group]):
+            self._trace += [(True, one.digest) for one in record.got]
+
     def _keep(self, group: Any, record: Callable[[], _Record], result: Any, *, async_op: bool) -> Any:
         """Make the record when the result is complete. -> what the caller gets in place of the result."""
 
         def finish() -> None:
-            self._records[group].append(record())
+            self._note(group, record())
 
         if self._coalesced is not None:
             self._coalesced.append(finish)
@@ -184,22 +220,22 @@ class CollectiveWatch:
     ) -> Any:
         if group not in self._families or not tensor.numel() or op not in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
             return plain(tensor, op=op, group=group, async_op=async_op)
-        sent, name = _part(tensor), f"all-reduce {next(self._calls)}"
+        sent, name = self._sent(group, [tensor]), f"all-reduce {next(self._calls)}"
         result = plain(tensor, op=op, group=group, async_op=async_op)
         operation = "sum" if op == dist.ReduceOp.SUM else "same"
         return self._keep(
-            group, lambda: _Record(operation, name, _unit(tensor), [sent], [_part(tensor)]), result, async_op=async_op
+            group, lambda: _Record(operation, name, _unit(tensor), sent, [_part(tensor)]), result, async_op=async_op
         )
 
     def _all_gather(self, plain: Any, output: Any, input: Any, group: Any = None, async_op: bool = False) -> Any:
         if group not in self._families or not input.numel():
             return plain(output, input, group=group, async_op=async_op)
-        sent, name = _part(input), f"gather {next(self._calls)}"
+        sent, name = self._sent(group, [input]), f"gather {next(self._calls)}"
         result = plain(output, input, group=group, async_op=async_op)
 
         def record() -> _Record:
             parts = output if isinstance(output, list) else output.reshape(-1).chunk(group.size())
-            return _Record("gather", name, 0.0, [sent], [_part(part) for part in parts])
+            return _Record("gather", name, 0.0, sent, [_part(part) for part in parts])
 
         return self._keep(group, record, result, async_op=async_op)
 
@@ -214,7 +250,7 @@ class CollectiveWatch:
     ) -> Any:
         if group not in self._families or not output.numel() or op != dist.ReduceOp.SUM:
             return plain(output, input, op=op, group=group, async_op=async_op)
-        sent = [_part(part) for part in input.reshape(-1).chunk(group.size())]
+        sent = self._sent(group, input.reshape(-1).chunk(group.size()))
         name = f"scattered sum {next(self._calls)}"
         result = plain(output, input, op=op, group=group, async_op=async_op)
         return self._keep(
@@ -237,7 +273,7 @@ class CollectiveWatch:
         if group not in self._families:
             return plain(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
         equal = [len(input) // group.size()] * group.size()
-        sent = [_part(part) for part in input.split(input_split_sizes or equal)]
+        sent = self._sent(group, input.split(input_split_sizes or equal))
         name = f"exchange {next(self._calls)}"
         result = plain(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
 
@@ -259,11 +295,11 @@ class CollectiveWatch:
             return plain(tensor, src, group=group, async_op=async_op, group_src=group_src)
         source = group_src if src is None else dist.get_group_rank(group, src)
         assert source is not None, "a broadcast has a source"
-        sent, name = _part(tensor), f"broadcast {next(self._calls)}"
+        sent, name = self._sent(group, [tensor]), f"broadcast {next(self._calls)}"
         result = plain(tensor, src, group=group, async_op=async_op, group_src=group_src)
         return self._keep(
             group,
-            lambda: _Record("broadcast", name, 0.0, [sent], [_part(tensor)], (source,)),
+            lambda: _Record("broadcast", name, 0.0, sent, [_part(tensor)], (source,)),
             result,
             async_op=async_op,
         )
@@ -281,16 +317,15 @@ class CollectiveWatch:
 
     def _note_sent(self, tensor: Any, peer: int | None, group: Any) -> None:
         if peer is not None and self._is_pipeline(group):
-            record = _Record("message", "", 0.0, [_part(tensor)], [], (self._mesh.rank, peer))
-            self._records[self._mesh.groups.pp].append(record)
+            stages = self._mesh.groups.pp
+            self._note(stages, _Record("message", "", 0.0, self._sent(stages, [tensor]), [], (self._mesh.rank, peer)))
 
     def _received(self, tensor: Any, peer: int | None, group: Any, work: Any) -> Any:
         if peer is None or work is None or not self._is_pipeline(group):
             return work
 
         def finish() -> None:
-            record = _Record("message", "", 0.0, [], [_part(tensor)], (peer, self._mesh.rank))
-            self._records[self._mesh.groups.pp].append(record)
+            self._note(self._mesh.groups.pp, _Record("message", "", 0.0, [], [_part(tensor)], (peer, self._mesh.rank)))
 
         return _Waiting(work, finish)
 
@@ -343,21 +378,28 @@ class CollectiveWatch:
 
 
 class _Waiting:
-    """A running collective whose record is made when it has ended."""
+    """A running collective whose record is made when it has ended. With gloo, a message that has arrived must not be waited for
+    again: the second wait never returns."""
 
     def __init__(self, work: Any, finish: Callable[[], None]) -> None:
         self._work, self._finish = work, finish
         self._is_finished = False
 
     def wait(self, *arguments: Any) -> Any:
+        if self._is_finished:
+            return True
         result = self._work.wait(*arguments)
-        if not self._is_finished:
-            self._is_finished = True
-            self._finish()
+        self._is_finished = True
+        self._finish()
         return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
+
+
+def _is_in_replica(family: str) -> bool:
+    """Whether the ranks of such a group compute the same rows together."""
+    return "data" not in family
 
 
 def _with_plain(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

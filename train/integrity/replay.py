@@ -10,6 +10,10 @@ everything is repeated:
     transient     the rank's own results differ once, then agree
     persistent    they keep differing, or a majority of other ranks disagrees with this rank every time
     wrong input   the rows that a rank used are not those at their positions
+
+A wrong number spreads to the tensor, pipeline, context and expert ranks that compute the same rows. Each pass therefore lists
+the fingerprints of what its rank sent and received. Two passes of the rank at fault first differ in something that it sent or in
+its own gradients; those of any other rank first differ in something that it received.
 """
 
 import hashlib
@@ -28,6 +32,7 @@ from recipes.schema.layout import Layout
 from train.checkpoint import fingerprint
 from train.checkpoint.random_state import random_state_kept
 from train.engine import Engine, run_schedule
+from train.integrity.collectives import CollectiveWatch, Trace
 from train.integrity.findings import Finding, host_name, odd_ones
 from train.native.gemm import multiply
 from train.objective.step_counts import count_step
@@ -48,6 +53,8 @@ class Pass:
     """Of all gradients and losses."""
     parts: tuple[str, ...]
     """Of each parameter's gradient, in the order of the model; the last is that of the losses."""
+    trace: tuple[tuple[bool, str], ...]
+    """What the rank sent and received before (`train.integrity.collectives.Trace`)."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ class _Report:
     """(tensor, pipeline, context) rank: ranks with equal places must agree about equal rows."""
     data_rank: int
     host: str
-    own: tuple[str, ...]
-    """Digests of the rank's own rows, the step itself last."""
-    lent: tuple[tuple[int, str], ...]
-    """(data rank whose rows they are, digest) of rows of other ranks."""
+    own: tuple[Pass, ...]
+    """The rank's own rows, the step itself last."""
+    lent: tuple[tuple[int, Pass], ...]
+    """(data rank whose rows they are, their pass) of rows of other ranks."""
     used_rows: str
     """Digest of the rows that this rank used."""
     read_rows: tuple[tuple[int, str], ...]
@@ -83,10 +90,13 @@ def replicas_have_all_experts(layout: Layout) -> bool:
 class StepReplay:
     """Replays sampled steps of one engine."""
 
-    def __init__(self, engine: Engine, *, rows: Rows | None, compares_ranks: bool) -> None:
+    def __init__(
+        self, engine: Engine, *, collectives: CollectiveWatch, rows: Rows | None, compares_ranks: bool
+    ) -> None:
         """rows: reads rows again; None: only own rows are replayed. compares_ranks: whether all ranks compute the same bits, and
         `replicas_have_all_experts`."""
         self._engine = engine
+        self._collectives = collectives
         self._rows = rows
         self._compares_ranks = compares_ranks and rows is not None and engine.mesh.layout.data > 1
         self._probe = _probe()
@@ -114,10 +124,15 @@ class StepReplay:
         finalize = config.finalize_model_grads_func
 
         def finish(*arguments: Any, **named: Any) -> None:
-            sample.own.append(_pass_of(engine, sample.losses))
+            sample.own.append(_pass_of(engine, sample.losses, trace))
             finalize(*arguments, **named)
 
-        with _reduction_by(engine, finish), _losses_into(engine, sample.losses):
+        trace: Trace = []
+        with (
+            self._collectives.tracing(trace),
+            _reduction_by(engine, finish),
+            _losses_into(engine, sample.losses),
+        ):
             yield
 
     def judge(self, sample: "Sample") -> list[Finding]:
@@ -171,9 +186,10 @@ class StepReplay:
         found: list[Pass] = []
 
         def finish(*_arguments: Any, **_named: Any) -> None:
-            found.append(_pass_of(engine, losses))
+            found.append(_pass_of(engine, losses, trace))
 
-        with _reduction_by(engine, finish), _losses_into(engine, losses):
+        trace: Trace = []
+        with self._collectives.tracing(trace), _reduction_by(engine, finish), _losses_into(engine, losses):
             run_schedule(engine, microbatches, forward_step=engine.forward_step)
         return found[0]
 
@@ -199,8 +215,8 @@ class StepReplay:
             place=(groups.tp.rank(), groups.pp.rank(), groups.cp.rank()),
             data_rank=self._engine.mesh.data_rank,
             host=host_name(),
-            own=tuple(one.digest for one in sample.own),
-            lent=tuple((self._data_rank(distance), one.digest) for distance, one in sample.lent),
+            own=tuple(sample.own),
+            lent=tuple((self._data_rank(distance), one) for distance, one in sample.lent),
             used_rows=used,
             read_rows=read,
             is_probe_right=_probe() == self._probe,
@@ -225,34 +241,58 @@ class Sample:
 def _suspects(reports: list[_Report]) -> dict[tuple[int, ...], str]:
     """{ranks: why}, empty if everything agrees. Several ranks together: one of them."""
     found: dict[tuple[int, ...], str] = {}
+    misled: set[int] = set()
+    """Ranks whose results differ because of something that they received."""
     for rank, report in enumerate(reports):
         if any(owner == report.data_rank and digest != report.used_rows for owner, digest in report.read_rows):
             found[(rank,)] = "the rows it used are not those at their positions"
-        elif len(set(report.own)) > 1:
+        elif any(_parted(report.own[0], other) == "here" for other in report.own[1:]):
             found[(rank,)] = "it computed its own rows twice with different results"
+        elif any(_parted(report.own[0], other) for other in report.own[1:]):
+            misled.add(rank)
     unsure: set[tuple[int, ...]] = set()
     for rank, report in enumerate(reports):
         if (rank,) in found:
             continue
         opinions = {rank: report.own[-1]}
         for lender, its in enumerate(reports):
-            digests = [digest for owner, digest in its.lent if owner == report.data_rank]
-            if its.place == report.place and digests:
-                opinions[lender] = digests[0]
+            passes = [one for owner, one in its.lent if owner == report.data_rank]
+            if its.place == report.place and passes:
+                opinions[lender] = passes[0]
         ranks = sorted(opinions)
-        if len(set(opinions.values())) == 1:
+        if len({one.digest for one in opinions.values()}) == 1:
             continue
-        odd = odd_ones([opinions[one] for one in ranks])
+        odd = odd_ones([opinions[one].digest for one in ranks])
         if odd is None:
-            unsure.add(tuple(ranks))
+            here = any(_parted(report.own[-1], other) == "here" for other in opinions.values())
+            if here:
+                unsure.add(tuple(ranks))
+            else:
+                misled.update(ranks)
         for index in odd or ():
-            found.setdefault((ranks[index],), "other ranks computed the same rows with another result than it")
+            right = opinions[next(one for place, one in enumerate(ranks) if place not in (odd or ()))]
+            if _parted(right, opinions[ranks[index]]) == "here":
+                found.setdefault((ranks[index],), "other ranks computed the same rows with another result than it")
+            else:
+                misled.add(ranks[index])
     for together in unsure:
         if any((rank,) in found for rank in together):
             continue
         wrong = tuple(rank for rank in together if not reports[rank].is_probe_right)
         found[wrong or together] = "two ranks computed the same rows with different results"
+    if misled and not found:
+        found[tuple(sorted(misled))] = (
+            "what it received from another rank differed between two computations of the same rows"
+        )
     return found
+
+
+def _parted(a: Pass, b: Pass) -> str:
+    """Where two passes of the same rows first differ: `here` in what their rank computed, `elsewhere` in what it received."""
+    if a.digest == b.digest:
+        return ""
+    first = next((one for one, other in zip(a.trace, b.trace, strict=False) if one != other), None)
+    return "elsewhere" if first is not None and first[0] else "here"
 
 
 def _kind(ranks: tuple[int, ...], why: str, again: list[dict[tuple[int, ...], str]]) -> Any:
@@ -261,7 +301,7 @@ def _kind(ranks: tuple[int, ...], why: str, again: list[dict[tuple[int, ...], st
     return "persistent" if any(set(ranks) & set(other) for found in again for other in found) else "transient"
 
 
-def _pass_of(engine: Engine, losses: list[torch.Tensor]) -> Pass:
+def _pass_of(engine: Engine, losses: list[torch.Tensor], trace: Trace) -> Pass:
     parts = []
     for chunk in engine.chunks:
         for parameter in chunk.module.parameters():
@@ -272,7 +312,7 @@ def _pass_of(engine: Engine, losses: list[torch.Tensor]) -> Pass:
                 )
     exact = b"".join(loss.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for loss in losses)
     parts.append(hashlib.sha256(exact).hexdigest()[:32])
-    return Pass(hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32], tuple(parts))
+    return Pass(hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32], tuple(parts), tuple(trace))
 
 
 @contextmanager

@@ -76,16 +76,15 @@ class Integrity:
         self._folder = folder
         self._seed = seed
         self._state = StateWatch(engine) if config.enabled and config.compare_every_steps else None
+        is_alone = engine.mesh.layout.world == 1
+        self._collectives = CollectiveWatch(engine.mesh, keeps_records=config.collectives and not is_alone)
         self._replay: StepReplay | None = None
         if config.enabled and config.replay_fraction:
-            self._replay = StepReplay(engine, rows=rows, compares_ranks=compares_ranks)
+            self._replay = StepReplay(engine, collectives=self._collectives, rows=rows, compares_ranks=compares_ranks)
         modules = [chunk.module for chunk in engine.chunks]
         self._buffers = [buffer for module in modules for buffer in module.buffers()] if config.enabled else []
         self._products = [check for module in modules for check in checks_of(module)] if config.enabled else []
-        is_alone = engine.mesh.layout.world == 1
-        self._collectives = None
-        if config.enabled and config.collectives and not is_alone:
-            self._collectives = CollectiveWatch(engine.mesh)
+        self._sums_collectives = config.enabled and config.collectives and not is_alone
         self._clean_step = 0
         self._accused: set[int] = set()
         """Ranks that checks of sums accused in the current step."""
@@ -131,8 +130,7 @@ class Integrity:
                 buffer.copy_(copy)
         for check in self._products:
             check.take()
-        if self._collectives is not None:
-            self._collectives.forget()
+        self._collectives.forget()
 
     def _take_once(
         self,
@@ -155,12 +153,12 @@ class Integrity:
         def after_reduction() -> None:
             self._act(self._check_sums(step, is_update_made=False))
 
-        with self._collectives.watching() if self._collectives is not None else nullcontext():
+        with self._collectives.watching() if self._sums_collectives else nullcontext():
             if self._gathers_again:
                 self._gather_weights()
             with replay.observed(sample) if replay is not None and sample is not None else nullcontext():
                 result = train(before_reduction, after_reduction)
-            if self._collectives is not None:
+            if self._sums_collectives:
                 findings = self._check_sums(step, is_update_made=True)
                 if findings and self._gathers_again and all(one.kind == "transient" for one in findings):
                     self._record(findings, "The weights are gathered again.")
@@ -181,12 +179,12 @@ class Integrity:
         An update that was made from a wrong sum cannot be undone; a wrong copy of weights can be gathered again.
         """
         mesh = self._engine.mesh
-        if not self._products and self._collectives is None:
+        if not self._products and not self._sums_collectives:
             return []
         faults = [
             _SumFault((mesh.rank,), fault.describe(), PRODUCTS) for check in self._products for fault in check.take()
         ]
-        if self._collectives is not None:
+        if self._sums_collectives:
             faults += [
                 _SumFault(fault.ranks, fault.text, COLLECTIVES, fault.is_gather) for fault in self._collectives.judge()
             ]

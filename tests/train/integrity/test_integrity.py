@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,13 +92,16 @@ def trial_of(rank: int, world: int, changes: dict[str, Any], folder: Path) -> It
         yield trial
 
 
-def find_all(rank: int, world: int, changes: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Every kind of fault on the last rank. -> findings by name."""
-    guilty, found = world - 1, {}
+def find_all(
+    rank: int, world: int, changes: dict[str, Any], folder: Path, guilty: int, *, few: bool = False
+) -> dict[str, Any]:
+    """Every kind of fault on one rank; few: of weights and state, one each. -> findings by name."""
+    found: dict[str, Any] = {}
     with trial_of(rank, world, changes, folder) as trial:
         engine = trial.engine
         weights = [p for chunk in engine.chunks for p in chunk.module.parameters()]
-        layer = engine.chunks[0].module.decoder.layers[1]
+        layers = engine.chunks[0].module.decoder.layers
+        layer = layers[len(layers) // 2]
 
         def planted(name: str, plant: Callable[[list[Any]], list[Any]]) -> None:
             with state_kept(engine):
@@ -108,19 +112,23 @@ def find_all(rank: int, world: int, changes: dict[str, Any], folder: Path) -> di
         def touch(tensor: torch.Tensor, element: int, bit: int) -> Callable[[list[Any]], list[Any]]:
             return lambda rows: (flip(tensor, element=element, bit=bit), rows)[1]
 
-        for index in (0, len(weights) // 2, len(weights) - 1):
-            planted(f"weight {index}", touch(weights[index], 0, 0))
-            planted(f"weight end {index}", touch(weights[index], weights[index].numel() - 1, 9))
+        for part in (
+            (0.5,) if few else (0.0, 0.5, 1.0)
+        ):  # stages have different weights, but their ranks meet in every step
+            weight = weights[int(part * (len(weights) - 1))]
+            planted(f"weight {part}", touch(weight, 0, 0))
+            planted(f"weight end {part}", touch(weight, weight.numel() - 1, 9))
         own = [one for one in trial.watch._state._own if one.tensor.numel()]  # another list on each rank
-        for index in range(4):
+        for index in (2,) if few else range(4):
             one = own[index * len(own) // 4]
             planted(f"state {index}", touch(one.tensor, one.tensor.numel() - 1, 3))
         planted("rows", lambda rows: [replace(rows[0], tokens=(rows[0].tokens + 1) % 256), *rows[1:]])
-        lent = len(trial.watch._replay.neighbours())
+        passes = trial.recipe.run.global_rows // engine.mesh.layout.data
+        lent = len(trial.watch._replay.neighbours()) * passes
         for name, at, factor in (
-            ("one flip in the step itself", (lent + 1,), None),
+            ("one flip in the step itself", (lent + passes,), None),
             ("one flip in its replay", (lent,), None),
-            ("1 % once", (lent + 1,), 1.01),
+            ("1 % once", (lent + passes,), 1.01),
             ("flips always", None, None),
             ("the same wrong number always", None, 1.01),
         ):
@@ -144,7 +152,7 @@ def find_all(rank: int, world: int, changes: dict[str, Any], folder: Path) -> di
     ],
 )
 def test_each_fault_is_found_with_its_kind_and_its_rank(world: int, changes: dict[str, Any], tmp_path: Path) -> None:
-    results = run_ranks(world, find_all, world, changes, tmp_path)
+    results = run_ranks(world, find_all, world, changes, tmp_path, world - 1)
     assert all(found == results[0] for found in results), "all ranks conclude the same"
     guilty = world - 1
     expected = {
@@ -160,6 +168,35 @@ def test_each_fault_is_found_with_its_kind_and_its_rank(world: int, changes: dic
     lines = [json.loads(line) for line in (tmp_path / SUSPECTS).read_text().splitlines()]
     assert {rank for line in lines if line["kind"] == "state" for rank in line["ranks"]} == {guilty}
     assert all(line["hosts"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "guilty"),
+    [
+        (2, {"parallel.pipeline": 2, "model.pattern": "M*-M"}, 0),
+        (4, {"parallel.pipeline": 2, "model.pattern": "M*-M"}, 1),
+        (2, {"parallel.tensor": 2, "parallel.sequence": True}, 0),
+        (2, MIXTURE | {"parallel.expert": 2}, 1),
+    ],
+)
+def test_ranks_that_compute_rows_together_are_told_apart(
+    world: int, changes: dict[str, Any], guilty: int, tmp_path: Path
+) -> None:
+    """A wrong number spreads to the other stages, tensor ranks and experts; only the rank that made it is named."""
+    changes = {"run.global_rows": world} | changes
+    results = run_ranks(world, partial(find_all, few=True), world, changes, tmp_path, guilty)
+    assert all(found == results[0] for found in results), "all ranks conclude the same"
+    expected = {
+        "rows": {("wrong input", (guilty,))},
+        "one flip in the step itself": {("transient", (guilty,))},
+        "one flip in its replay": {("transient", (guilty,))},
+        "1 % once": {("transient", (guilty,))},
+        "flips always": {("persistent", (guilty,))},
+        # nobody else computes these rows; of two replicas nobody knows which one is right
+        "the same wrong number always": {("persistent", (0, 1))} if world == 4 else set(),
+    }
+    for name, found in results[0].items():
+        assert set(found) == expected.get(name, {("state", (guilty,))}), f"{name}: {found}"
 
 
 def split_experts(rank: int, folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Products and collectives checked by sums: the bound, no false alarms, and every planted fault found with its place and rank."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ SUMS = IntegrityConfig(
     enabled=True, compare_every_steps=0, replay_fraction=0.0, collectives=True,
     products=("attention", "mamba", "mlp", "experts", "output"),
 )  # fmt: skip
-PRODUCTS = replace(SUMS, collectives=False)
 
 
 def operands(kind: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,6 +117,7 @@ def plant_everywhere(rank: int, world: int, changes: dict[str, Any], folder: Pat
             order = engine.mesh.gather_objects(transit.calls)[guilty]
             for name in names if recipe.run.integrity.collectives else ():
                 with state_kept(engine):
+                    transit.only = name
                     found[name] = caught(transit, order.index(name))
             products.calls = 0
             trial.take()
@@ -135,7 +134,9 @@ def plant_everywhere(rank: int, world: int, changes: dict[str, Any], folder: Pat
     [
         (2, {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True, "precision.params": "bf16"}),
         (2, {"parallel.tensor": 2, "parallel.sequence": True, "precision.scaling": "current"}),
-        (2, MIXTURE | {"parallel.expert": 2, "run.integrity": PRODUCTS}),
+        (4, {"parallel.pipeline": 2, "model.pattern": "M*-M"}),
+        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, "model.pattern": "M*-MM*-M"}),
+        (2, MIXTURE | {"parallel.expert": 2}),
     ],
 )
 def test_faults_in_products_and_transit_are_found_with_their_rank(
@@ -143,5 +144,7 @@ def test_faults_in_products_and_transit_are_found_with_their_rank(
 ) -> None:
     results = run_ranks(world, plant_everywhere, world, changes, tmp_path)
     assert all(found == results[0] for found in results), "all ranks conclude the same"
+    assert ("message" in results[0]) == ("parallel.pipeline" in changes)
+    assert ("all_to_all_single" in results[0]) == ("parallel.expert" in changes)
     for name, found in results[0].items():
         assert found and all(world - 1 in ranks for _, ranks, _ in found), f"{name}: {found}"
