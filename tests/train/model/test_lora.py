@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_models import MIXTURE
 from ranks import RankFailed, run_ranks
 from tiny import GEMMA, VOCAB, Numbers, engine_of, recipe_with, steps_of
 
@@ -45,6 +46,9 @@ def train(rank: int, changes: dict[str, Any], world: int) -> tuple[Numbers, dict
         before = {name: parameter.detach().clone() for name, parameter in weights.items()}
         numbers = steps_of(engine, recipe, range(4))
         changed = {name: int((parameter != before[name]).sum()) for name, parameter in weights.items()}
+        for chunk in engine.chunks:
+            biases = {name: one for name, one in chunk.module.named_buffers() if name.endswith("expert_bias")}
+            changed |= {name: int(one.count_nonzero()) for name, one in biases.items()}
         return numbers, {name: count for name, count in changed.items() if count}
 
 
@@ -78,6 +82,26 @@ def test_layout_trains_as_one_process(name: str, single: tuple[Numbers, dict[str
     assert results[0][0].losses == pytest.approx(single[0].losses, rel=ROUNDING)
     assert results[0][0].grad_norms == pytest.approx(single[0].grad_norms, rel=ROUNDING)
     assert {name for _, changed in results for name in changed} == set(single[1])
+
+
+def test_experts_and_their_biases_stay_frozen() -> None:
+    mixture = LORA | MIXTURE
+    assert MIXTURE["model.experts"].bias_rate > 0
+    ((one, changed),) = run_ranks(1, train, mixture, 1)
+    split = run_ranks(2, train, mixture | {"parallel.expert": 2}, 2)
+    assert split[0][0].losses == pytest.approx(one.losses, rel=ROUNDING)
+    assert split[0][0].grad_norms == pytest.approx(one.grad_norms, rel=ROUNDING)
+    assert changed and all("_adapter." in name for name in changed)
+
+
+def test_frozen_products_run_in_fp8() -> None:
+    """The base's products are quantised as without adapters: the first loss, at which `up` is zero, is the same."""
+    fp8 = {"precision.scaling": "blockwise", "model.hidden": 128, "model.ffn": 256}
+    ((adapted, changed),) = run_ranks(1, train, LORA | fp8, 1)
+    ((plain, _),) = run_ranks(1, train, fp8, 1)
+    ((exact, _),) = run_ranks(1, train, fp8 | {"precision.scaling": "none"}, 1)
+    assert adapted.losses[0] == plain.losses[0] != exact.losses[0]
+    assert changed and all("_adapter." in name for name in changed)
 
 
 def save_at(rank: int, changes: dict[str, Any], world: int, folder: Path) -> Numbers:
