@@ -35,6 +35,7 @@ test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine and TR
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py tests/train/checkpoint/test_storage_servers.py tests/launch/kubernetes/test_kubernetes_schemas.py
 	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py tests/train/evaluate/test_function_calls.py
 	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align
+	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/hf/test_export_adapter.py
 	@.trackers/bin/python -m pytest -q -m oracle tests/train/record
 
 test-vllm: setup ## compare generation and quantised exports with vLLM, on the CPU (installs it: 8 minutes; not part of CI)

@@ -15,14 +15,16 @@ from data.chat.prompts import PromptSet
 from data.prepared import open_prompts, read_material, tokenizer_or_file
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer
-from recipes.schema.changes import check_same_function, mtp_change, replaces_head
+from recipes.schema.changes import check_same_function, draws_adapters, mtp_change, replaces_head
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.lora import adapter_prefixes
 from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.parameter_groups import EMBEDDING
+from recipes.schema.pattern import layer_kinds
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.align.dpo import DPO_PARTS, count_pairs, dpo_step
@@ -234,6 +236,8 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         if mtp != "none" and mesh.rank == 0:
             log.warning("%s: the weights of further depths (model.mtp) are %s.", weights, mtp)
         without = ((HEAD,) if head else ()) + ((MTP,) if mtp != "none" else ())
+        if draws_adapters(saved, recipe):
+            without += adapter_prefixes(recipe.model.lora, layer_kinds(recipe.model.pattern))
         read_weights(weights, chunks, groups=mesh.groups, without=without)
         for chunk, begin in product(chunks, without):
             initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=begin)

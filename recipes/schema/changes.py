@@ -44,6 +44,7 @@ _KINDS: dict[str, Kind] = {
             "model.vocab_padding", "model.experts.top_k", "model.experts.score", "model.experts.groups",
             "model.experts.top_groups", "model.experts.scaling", "model.experts.capacity", "model.experts.bias_rate",
             "model.experts.aux_loss", "model.experts.aux_coefficient", "model.mtp.loss_scale",
+            "model.lora.alpha",
         ),
         "arithmetic",
     ),
@@ -138,6 +139,13 @@ def mtp_change(saved: dict[str, Any], recipe: Recipe) -> Literal["none", "left o
     return "none" if had == has else ("left out" if had else "drawn")
 
 
+def draws_adapters(saved: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run with adapters (`model.lora`) starts from the weights of a model without: the adapters are drawn. saved: the
+    checkpoint's resolved recipe."""
+    lora = (saved.get("model") or {}).get("lora") or {}
+    return recipe.model.lora.rank > 0 and not lora.get("rank")
+
+
 def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str, except_head: bool = False) -> None:
     """RecipeError if this recipe's model computes another function with a checkpoint's weights than the one they were trained
     as. Shapes can match while activations, norms, angles or heads differ, and the loss would not show it for a long time.
@@ -151,6 +159,8 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str, ex
         words.add("another run")
     if except_head and saved.get("model"):
         saved = {**saved, "model": {**saved["model"], "head": recipe.model.head}}
+    if draws_adapters(saved, recipe) and saved.get("model"):
+        saved = {**saved, "model": {**saved["model"], "lora": recipe_mapping(recipe)["model"]["lora"]}}
     changes = [change for change in function_changes(saved, recipe_mapping(recipe)) if change.kind not in words]
     if not changes:
         return
@@ -183,6 +193,8 @@ def _effective(model: dict[str, Any]) -> dict[str, Any]:
     plain = {field.name: _default(f"model.{field.name}") for field in dataclasses.fields(ModelConfig)} | model
     kinds = set(str(plain["pattern"]))
     plain["pattern"] = str(plain["pattern"]).replace("|", "")
+    if not (plain["lora"] or {}).get("rank"):
+        plain.pop("lora")  # alpha and targets of no adapters
     plain.pop("mtp", None)  # further depths do not change what predicts the next token; `mtp_change` compares them
     plain["query_scale"] = plain["query_scale"] or plain["head_dim"]
     unused = [] if kinds & {"*", "w"} else _ATTENTION

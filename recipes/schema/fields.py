@@ -77,6 +77,7 @@ ShortTime = Annotated[float, Range(gt=0, le=86_400)]
 ProcessGib = Annotated[float, Range(gt=0, le=2**20)]
 """Memory of one process in GiB, at most a pebibyte: the system refuses larger limits."""
 ExpertCount = Annotated[int, Range(ge=1, le=2**16)]
+AdapterRank = Annotated[int, Range(ge=0, le=4096)]
 Depths = Annotated[int, Range(ge=0, le=16)]
 GroupSize = Annotated[int, Range(ge=2)]
 ZeroOrOne = Annotated[int, Range(ge=0, le=1)]

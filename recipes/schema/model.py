@@ -8,6 +8,7 @@ from typing import Literal
 
 from recipes.schema.experts import ExpertsConfig
 from recipes.schema.fields import Count, PositiveFloat, PositiveInt, SoftCap
+from recipes.schema.lora import LoraConfig
 from recipes.schema.mtp import MtpConfig
 
 
@@ -33,6 +34,8 @@ class ModelConfig:
     """Experts of an `E` layer (docs/experts.md)."""
     mtp: MtpConfig = field(default_factory=MtpConfig)
     """Multi-token prediction (docs/mtp.md)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters of linear layers instead of the weights themselves (docs/lora.md)."""
     heads: PositiveInt = 4
     """Query heads of an attention layer."""
     kv_heads: PositiveInt = 4

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from recipes.schema.errors import Problem
+from recipes.schema.lora import adapter_prefixes
 from recipes.schema.model import ModelConfig
 from recipes.schema.optim import ParameterGroupConfig
 from recipes.schema.pattern import layer_kinds, mtp_kinds
@@ -32,7 +33,10 @@ _LATENT = ("mlp.latent_in.weight", "mlp.latent_out.weight")
 
 
 def parameter_names(model: ModelConfig) -> list[str]:
-    """Every parameter of a model. A tied head has no name of its own."""
+    """Every parameter of a model that is trained. A tied head has no name of its own."""
+    if model.lora.rank:
+        prefixes = adapter_prefixes(model.lora, layer_kinds(model.pattern))
+        return [prefix + part for prefix in prefixes for part in ("down", "up")]
     found = [EMBEDDING, *_layer_names(model, layer_kinds(model.pattern), "decoder.layers")]
     for depth in range(model.mtp.sets):
         prefix = f"mtp.layers.{depth}"

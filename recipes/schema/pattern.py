@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Literal, cast
 
 from recipes.schema.errors import Problem, refuse
+from recipes.schema.lora import adapted_linears
 from recipes.schema.model import ModelConfig
 
 LayerKind = Literal["M", "*", "w", "-", "E"]
@@ -198,6 +199,8 @@ class ParameterCount:
     final_norm: int
     mtp: int
     """Multi-token prediction: all sets of weights of its depths. The fields above are those of the model without it."""
+    adapters: int
+    """Low-rank adapters (`model.lora`); with any, no other parameter is trained."""
     norms: int
     """All RMSNorm weights: each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm, and those of further
     depths. The fields above include them."""
@@ -206,7 +209,12 @@ class ParameterCount:
     def total(self) -> int:
         """Every parameter once."""
         layers = self.mamba + self.attention + self.mlp + self.experts
-        return self.embedding + self.head + layers + self.final_norm + self.mtp
+        return self.embedding + self.head + layers + self.final_norm + self.mtp + self.adapters
+
+    @property
+    def trained(self) -> int:
+        """Parameters that training changes."""
+        return self.adapters or self.total
 
     @property
     def active(self) -> int:
@@ -275,8 +283,25 @@ def parameters(model: ModelConfig) -> ParameterCount:
         idle=layers["E"] * (model.experts.count - model.experts.top_k) * expert_parameters(model),
         final_norm=model.hidden,
         mtp=model.mtp.sets * depth[0],
+        adapters=sum(map(sum, adapter_sizes(model).values())),
         norms=norms + model.mtp.sets * depth[1],
     )
+
+
+def adapter_sizes(model: ModelConfig) -> dict[int, list[int]]:
+    """Parameters of the adapters (`model.lora`) of each layer that has any: rank x (inputs + outputs) of each linear."""
+    inner, attention = model.mamba_heads * model.mamba_head_dim, model.heads * model.head_dim
+    gates = 2 if model.activation in GATED else 1
+    ends = {
+        "mixer.in_proj": model.hidden + 2 * inner + 2 * model.mamba_groups * model.mamba_state + model.mamba_heads,
+        "mixer.out_proj": inner + model.hidden,
+        "self_attention.linear_qkv": model.hidden + attention + 2 * model.kv_heads * model.head_dim,
+        "self_attention.linear_proj": attention + model.hidden,
+        "mlp.linear_fc1": model.hidden + gates * model.ffn,
+        "mlp.linear_fc2": model.ffn + model.hidden,
+    }
+    linears = adapted_linears(model.lora, layer_kinds(model.pattern))
+    return {index: [model.lora.rank * ends[name] for name in names] for index, names in linears.items()}
 
 
 def mtp_projection_weights(model: ModelConfig) -> int:
@@ -309,6 +334,9 @@ def weights_of(model: ModelConfig) -> dict[str, object]:
         names = ["count", "ffn", "shared_ffn", "latent"]
         found |= {f"model.experts.{name}": getattr(model.experts, name) for name in names}
         found |= {"balanced by a bias": model.experts.bias_rate > 0}
+    if model.lora.rank:
+        found |= {"model.lora.rank": model.lora.rank}
+        found |= {"linears with an adapter": adapted_linears(model.lora, layer_kinds(model.pattern))}
     if {"-", "E"} & kinds:
         found |= {"gated MLP": model.activation in GATED}
     return found

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from recipes.schema.changes import check_folder, differences, mtp_change, refused, replaces_head
+from recipes.schema.changes import check_folder, differences, draws_adapters, mtp_change, refused, replaces_head
 from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
@@ -26,6 +26,7 @@ from recipes.schema.foreign import printable
 from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
+from recipes.schema.lora_rules import adapter_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
 from recipes.schema.objective_rules import (
@@ -85,6 +86,7 @@ def problems(
         *profile_problems(recipe.run),
         *mtp_objective_problems(recipe),
         *z_loss_problems(recipe),
+        *adapter_problems(recipe),
         *expert_problems(recipe),  # before the layout, whose remedies for experts would be of no use
         *spike_problems(recipe),
         *optim_problems(recipe.optim, recipe.model),
@@ -406,6 +408,8 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
             model = dataclasses.replace(model, head="scalar")
         if mtp_change(start.manifest.recipe, recipe) != "none":
             model = dataclasses.replace(model, mtp=recipe.model.mtp)
+        if draws_adapters(start.manifest.recipe, recipe):
+            model = dataclasses.replace(model, lora=recipe.model.lora)
         ours, theirs = weights_of(recipe.model), weights_of(model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]

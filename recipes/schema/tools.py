@@ -225,6 +225,9 @@ class MergeConfig:
     """Of one run: average its checkpoints from one step to another, FROM:TO, both included; either may be left out."""
     ema: bool = False
     """Of one run: write the moving average of its weights (optim.ema_decay) that its newest checkpoint has."""
+    adapters: bool = False
+    """Of one run: add its adapters (model.lora) to the weights, for a model without adapters that computes the same. With --ema,
+    the moving average of the adapters."""
     weights: str = "equal"
     """Of a window: equal; linear, cosine or minus_sqrt, which emulate this decay of the learning rate; or numbers separated
     by commas, which must sum to 1."""

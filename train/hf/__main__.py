@@ -104,6 +104,11 @@ def _parser() -> CommandParser:
         "--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, private if it is new"
     )
     export.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the run's adapters (model.lora) as a directory for peft, without the weights that they adapt",
+    )
+    export.add_argument(
         "--quantize",
         metavar="FORMAT",
         help="quantise the linear layers: int8, int4-g32, int4-g128, fp8-block; with their inputs: int8-w8a8, fp8-w8a8",

@@ -23,8 +23,10 @@ from data.system.new_folder import new_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
-from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
+from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.foreign import printable_lines
+from recipes.schema.lora import SUFFIX
+from recipes.schema.lora_rules import folded_problems
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import STRATUM
 from recipes.schema.pattern import parameters
@@ -40,6 +42,7 @@ from train.hf import card, hub, published, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_scan
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, lossless_format
+from train.hf.export_adapter import write_adapter
 from train.hf.files import WeightFiles
 from train.hf.quantize_export import Quantizer, open_quantizer, open_weights
 from train.hf.recipe import Imported, imported_recipe, recipe_text
@@ -71,6 +74,9 @@ def export_model(parsed: argparse.Namespace) -> int:
     path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
+    if parsed.adapter:
+        return _export_adapter(parsed.out, StoredTensors(path), recipe)
+    refuse(folded_problems(recipe.model, place=str(path), what="an export without --adapter", key="model.lora"))
     carried = published.published_of(path, manifest)
     if carried is None and published.import_of(manifest.lineage) is not None:
         _print(
@@ -132,6 +138,24 @@ def export_model(parsed: argparse.Namespace) -> int:
     if parsed.push is not None:
         _print(f"pushed to {hub.push(parsed.out, parsed.push)}")
     return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
+
+
+def _export_adapter(out: Path, stored: StoredTensors, recipe: Recipe) -> int:
+    """Write the adapters alone, for peft."""
+    if not recipe.model.lora.rank:
+        raise RecipeError(
+            f"{stored.folder} has no adapters (model.lora.rank=0). Leave out --adapter to export the model."
+        )
+    needed = sum(tensor.nbytes for name, tensor in stored.weights.items() if SUFFIX in name)
+    with new_folder(out, needed=needed) as (folder, publish):
+        base = recipe.run.start_from or ""
+        count = write_adapter(stored, folder, model=recipe.model, base=base)
+        publish()
+    _print(
+        f"wrote {out}: {count:,} parameters of adapters. Export {base or 'the model'} too, and load both: "
+        f"peft.PeftModel.from_pretrained(MODEL, {str(out)!r})"
+    )
+    return 0
 
 
 def import_model(parsed: argparse.Namespace) -> int:

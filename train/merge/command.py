@@ -17,11 +17,12 @@ stratum merge runs/smoke runs/mine --out runs/merged --alpha 0.5
 stratum merge runs/smoke runs/mine --out runs/best --alpha 0.3,0.5,0.7 --evaluate heldout --rows 2
 stratum merge runs/smoke --out runs/averaged --window 0: --weights minus_sqrt
 stratum merge runs/smoke --out runs/averaged --ema
+stratum merge runs/adapted --out runs/folded --adapters
 """
 _NOTES = """
 The sum is computed in fp32, some rows at a time; checkpoints may be of any layout. The new run has weights without optimizer
 state, and its lineage. It trains on (stratum train runs/merged), generates and is exported like any run.
-Two models: training starts at step 0. A window or --ema: training continues at its last step.
+Two models or --adapters: training starts at step 0. A window or --ema: training continues at its last step.
 """
 
 
@@ -39,10 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     config = parser.fields(MergeConfig, parsed)
     if config.out is None:
         parser.error("--out is missing: name the folder of the new run, such as --out runs/merged.")
-    wanted = "--alpha 0.5" if len(parsed.models) > 1 else "--window FROM:TO or --ema"
+    wanted = "--alpha 0.5" if len(parsed.models) > 1 else "--window FROM:TO, --ema or --adapters"
     if len(parsed.models) > 2:
         parser.error(f"two models at most, not {len(parsed.models)}. Merge two, then the result with the third.")
-    of_one_run = (config.window is not None) + config.ema
+    of_one_run = (config.window is not None) + (config.ema or config.adapters)
     if (config.alpha is None) == (len(parsed.models) == 2) or of_one_run != (len(parsed.models) == 1):
         parser.error(
             f"{len(parsed.models)} model{'s take' if len(parsed.models) > 1 else ' takes'} {wanted} and no other."

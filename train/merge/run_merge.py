@@ -21,6 +21,7 @@ from recipes.schema import units
 from recipes.schema.checkpoint_steps import steps_in
 from recipes.schema.errors import NumericsError, RecipeError, refuse
 from recipes.schema.foreign import printable
+from recipes.schema.manifest import Manifest
 from recipes.schema.pattern import parameters
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.rules import name_problems
@@ -28,6 +29,7 @@ from recipes.schema.run_folder import CHECKPOINTS, step_of
 from recipes.schema.schedule import learning_rate_factor
 from recipes.schema.tools import MergeConfig
 from train.merge.decay_weights import decay_weights
+from train.merge.fold_adapters import fold_adapters
 from train.merge.score_candidate import Scores, open_scorer
 from train.merge.weighted_sum import Source, check_sources, source_at, write_run
 
@@ -48,6 +50,14 @@ def run_merge(config: MergeConfig, places: list[Path], out: Path) -> int:
         weights = _window_weights(config, sources)
         rule = {"window": config.window, "weights": config.weights, "final_fraction": config.final_fraction}
         _write(out, sources, weights, rule, console=console, keep_step=True)
+        return 0
+    if config.adapters:
+        source = source_at(places[0])
+        check_sources([source])
+        size = sum(record.bytes for name, record in source.manifest.tensors.items() if name.startswith("model."))
+        with progress(f"merging {out.name}", size, is_shown=size >= _BAR_FROM_BYTES) as advance:
+            manifest = fold_adapters(out, source, averaged=config.ema, advance=advance)
+        _say(out, manifest, console)
         return 0
     if config.ema:
         sources = [source_at(places[0])]
@@ -91,6 +101,10 @@ def _write(
         )
     for source, weight in zip(sources, weights, strict=True):
         console.print(printable(f"  {weight:.6f}  {source.path}", most=1000))
+    _say(out, manifest, console)
+
+
+def _say(out: Path, manifest: Manifest, console: Console) -> None:
     count = parameters(recipe_from_mapping(manifest.recipe).model).total
     console.print(
         printable(f"wrote {out}: {count:,} parameters, {units.size(manifest.bytes)}, step {manifest.step:,}", most=1000)

@@ -125,13 +125,13 @@ def merge_weights(
     assert abs(sum(weights) - 1) < _SUM_TOLERANCE, weights
     used = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
 
-    longest = max(torch.Size(part).numel() for tensor in formats.values() for _, part in _blocks(tensor))
+    longest = max(torch.Size(part).numel() for tensor in formats.values() for _, part in blocks_of(tensor))
     buffers = torch.empty(min(2, len(used)), longest)  # allocated once: the sum, and what is added to it
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
         for source, _ in used:
             source.verify(name)
-        for first, part in _blocks(formats[name]):
+        for first, part in blocks_of(formats[name]):
             total, *others = (buffer[: torch.Size(part).numel()].view(part) for buffer in buffers)
             for number, (source, weight) in enumerate(used):
                 target = others[0] if number else total
@@ -146,7 +146,7 @@ def merge_weights(
     write_weights_in_blocks(folder, formats, blocks)
 
 
-def _blocks(tensor: StoredTensor) -> Iterator[tuple[int, tuple[int, ...]]]:
+def blocks_of(tensor: StoredTensor) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(first row, shape) of the blocks of a tensor; a row longer than a block stays whole."""
     if not tensor.shape:
         yield 0, ()
@@ -183,11 +183,8 @@ def write_run(
             data_hash=last.manifest.data_hash,
         )  # fmt: skip
     formats = StoredTensors(base.path).weights
-    needed = sum(tensor.nbytes for tensor in formats.values())
-    with new_folder(out, needed=needed) as (folder, publish):
-        checkpoints = folder / CHECKPOINTS
-        writing = checkpoints / ".writing"
-        writing.mkdir(parents=True)
+
+    def fill(writing: Path) -> None:
         merge_weights(
             [StoredTensors(source.path, averaged=averaged) for source in sources],
             weights,
@@ -195,10 +192,26 @@ def write_run(
             formats=formats,
             advance=advance,
         )
+
+    return write_folder(out, state, fill, needed=sum(tensor.nbytes for tensor in formats.values()), files=files)
+
+
+def write_folder(
+    out: Path, state: RunState, fill: Callable[[Path], None], *, needed: int, files: dict[str, str] | None = None
+) -> Manifest:
+    """A run folder with one checkpoint of weights, complete or not at all. -> its manifest.
+
+    fill: writes the weights into an empty folder. needed: bytes of disk. files: as in `write_run`.
+    """
+    with new_folder(out, needed=needed) as (folder, publish):
+        checkpoints = folder / CHECKPOINTS
+        writing = checkpoints / ".writing"
+        writing.mkdir(parents=True)
+        fill(writing)
         final = checkpoints / name_of(state.step)
         storage.publish(writing, final, state)
         publishing.point_at(checkpoints, final.name)
-        disk.write_text(folder / RECIPE, recipe_yaml(mapping))
+        disk.write_text(folder / RECIPE, recipe_yaml(state.recipe))
         for name, text in (files or {}).items():
             disk.write_text(folder / name, text)
         publish()

@@ -32,6 +32,7 @@ from recipes.schema.pattern import cut, kinds_of, layer_kinds
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.run import RunConfig
 from train.model.activation import FeedForward, activation_function
+from train.model.adapters import attach_adapters
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.checked_linears import attach_checks
@@ -275,7 +276,8 @@ def transformer_config(
 
 def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool = False) -> ModuleSpec:
     """Megatron's spec of the layer stack, naming the backend's modules."""
-    fused = backend.column_parallel_layer_norm_linear()
+    # An adapter needs the normalized input of its linear, which a fused module does not show.
+    fused = None if model.lora.rank else backend.column_parallel_layer_norm_linear()
     column = fused if fused is not None else backend.column_parallel_linear()
     norm = IdentityOp if fused is not None else backend.norm()
     row = backend.row_parallel_linear()
@@ -415,6 +417,7 @@ def build_model(
         if run.integrity.enabled:
             attach_checks(part, pattern=model.pattern, kinds=run.integrity.products)
         backend.equip(part, model=model, precision=precision)
+        attach_adapters(part, model)
         if draw_weights:
             initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)
         chunks.append(part)

@@ -134,6 +134,9 @@ def update_biases(chunks: Sequence[Any], group: dist.ProcessGroup) -> None:
     Counts are whole numbers, so the bias is the same at every layout. Collective over `group`, the ranks of a pipeline stage.
     """
     layers = [layer for layer in _layers(chunks) if layer.router.expert_bias is not None]
+    layers = [
+        layer for layer in layers if layer.router.weight.requires_grad
+    ]  # a frozen router keeps its bias (model.lora)
     if not layers:
         return
     rows = torch.stack([layer.step_rows for layer in layers])

@@ -21,6 +21,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from train.model.activation import FeedForward
+from train.model.adapters import Adapter
 from train.model.attention import AttentionCore
 from train.model.context import RowContext, Segments
 from train.model.linear import fast_linear
@@ -91,6 +92,8 @@ class _Layers:
 
     def prepared(self, layer: Any) -> Layer:
         kind, parts, prepare = type(layer), None, _as_it_is
+        if any(isinstance(part, Adapter) for part in layer.modules()):
+            return _as_it_is(layer)
         if kind in (MambaLayer, PostNormMamba) and type(layer.mixer) is ReferenceMixer:
             parts, prepare = (layer.norm, layer.mixer.in_proj, layer.mixer.out_proj), self._mamba
         elif kind in (MLPLayer, PostNormMLP) and type(layer.mlp) is FeedForward:

@@ -7,7 +7,8 @@ keeps its part: every layout starts from the same weights, and losses can be com
 Rules (L layers): projections N(0, init_std); projections into the residual stream N(0, init_std / sqrt(L)); norm weights
 and D one (zero for norm weights to which one is added); A uniform in [1, 16]; softplus(dt_bias) log-uniform in
 [0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060); a scalar head
-N(0, 1/sqrt(hidden + 1)) (arXiv 2009.01325).
+N(0, 1/sqrt(hidden + 1)) (arXiv 2009.01325); adapters' `down` uniform in +-1/sqrt(inputs), as torch's linears, and `up` zero
+(arXiv 2106.09685, section 4.1).
 
 Each expert's matrix is drawn by itself, seeded with the name and the expert's index in the layer.
 
@@ -28,6 +29,7 @@ from recipes.schema.pattern import layer_kinds
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight", "latent_out.weight")
 HEAD = "output_layer.weight"
+ADAPTER_DOWN, ADAPTER_UP = "_adapter.down", "_adapter.up"
 MTP = "mtp."
 """The beginning of the names of all weights of further depths."""
 _PLAIN = (
@@ -115,6 +117,11 @@ def _draw(
 
     if name == HEAD and model.head == "scalar":
         return torch.empty(shape).normal_(0.0, 1 / math.sqrt(model.hidden + 1), generator=generator)
+    if name.endswith(ADAPTER_DOWN):
+        bound = 1 / math.sqrt(shape[1])
+        return uniform(-bound, bound)
+    if name.endswith(ADAPTER_UP):
+        return torch.zeros(shape)
     if name.endswith(_RESIDUAL):
         return torch.empty(shape).normal_(0.0, model.init_std / math.sqrt(layers), generator=generator)
     if name.endswith(_PLAIN):

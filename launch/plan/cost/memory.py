@@ -4,6 +4,7 @@ Weights, gradients and optimizer state are exact (`launch.plan.cost.tensors`; te
 in all kinds of layout). Activations are within 10 % of the tensors that autograd saves on a CPU; not measured on a GPU.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -23,9 +24,10 @@ from launch.plan.cost.activations import (
 )
 from launch.plan.cost.tensors import bucket_size, buffers, stage_tensors
 from recipes.schema.layout import Layout
+from recipes.schema.lora import adapted_linears
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import cut
+from recipes.schema.pattern import cut, layer_kinds
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import low_precision_linears
 from recipes.schema.units import GIB
@@ -125,6 +127,7 @@ def _state(
 ) -> "State":
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
+    adapted = adapted_linears(model.lora, layer_kinds(model.pattern))
     shards = layout.data * layout.context
     size = 2 if precision.params == "bf16" else 4
     weights = gradients = masters = moments = low_copies = update = 0
@@ -140,8 +143,10 @@ def _state(
             is_first=chunk == 0,
             is_last=chunk == len(chunks) - 1,
             stages=layout.pipeline,
-            low={layer - start: names for layer, names in low.items() if start <= layer < start + len(chunks[chunk])},
+            low=_of_chunk(low, start, len(chunks[chunk])),
+            adapted=_of_chunk(adapted, start, len(chunks[chunk])) if model.lora.rank else None,
         )
+        weights += sum(one.numel * (4 if one.is_fp32 else size) for one in tensors if one.is_frozen)
         bucket = bucket_size(
             data=layout.data,
             overlap=overlap,
@@ -170,6 +175,11 @@ def _state(
         else:
             low_copies += 2 * low_numel
     return State(weights, gradients, masters, moments, low_copies, update)
+
+
+def _of_chunk(linears: Mapping[int, tuple[str, ...]], start: int, layers: int) -> dict[int, tuple[str, ...]]:
+    """Linears of a chunk's layers, by index in the chunk."""
+    return {layer - start: names for layer, names in linears.items() if start <= layer < start + layers}
 
 
 @dataclass(frozen=True)

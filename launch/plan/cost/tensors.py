@@ -10,7 +10,7 @@ multiple of lcm(data-parallel ranks, 128), and a tied embedding has a bucket of 
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -35,6 +35,8 @@ class Tensor:
     """Whether it is the weight of a linear layer that runs in low precision."""
     is_expert: bool = False
     """Whether it is a weight of routed experts, which have buffers of their own and other data-parallel ranks."""
+    is_frozen: bool = False
+    """Whether it is not trained (`model.lora`): no gradient, no optimizer state, no buffer."""
     is_matrix: bool = False
     """Whether Muon would update it: the matrices of layers."""
 
@@ -50,8 +52,21 @@ def stage_tensors(
     is_last: bool,
     stages: int = 1,
     low: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+    adapted: Mapping[int, tuple[str, ...]] | None = None,
 ) -> list[Tensor]:
-    """Parameters of one model chunk on one tensor rank, in order. low: linears in low precision, by index in `pattern`."""
+    """Parameters of one model chunk on one tensor rank, in order. low: linears in low precision, by index in `pattern`; adapted:
+    linears with an adapter, likewise: all other parameters are then frozen; None: nothing is."""
+    if adapted is not None:
+        whole = stage_tensors(
+            model, pattern, tensor=tensor, expert=expert, expert_tensor=expert_tensor, is_first=is_first, is_last=is_last,
+            stages=stages, low=low,
+        )  # fmt: skip
+        adapters = [
+            one
+            for index, names in sorted(adapted.items())
+            for one in adapter_tensors(model, pattern[index], names, tensor=tensor)  # type: ignore[arg-type]
+        ]
+        return [replace(one, is_frozen=True) for one in whole] + adapters
     table = model.vocab // tensor * model.hidden
     has_depths = is_last and model.mtp.depths > 0
     shared = not model.has_own_head and stages > 1
@@ -127,6 +142,12 @@ def layer_tensors(
             return [norm, out, into, *after]
 
 
+def adapter_tensors(model: ModelConfig, kind: LayerKind, names: tuple[str, ...], *, tensor: int) -> list[Tensor]:
+    """Parameters of the adapters (`model.lora`) of some linears of a layer on one rank, in order: `down` and `up` of each."""
+    shapes, rank = linear_shapes(model, kind, tensor=tensor), model.lora.rank
+    return [Tensor(rank * size) for name, (out, into) in shapes.items() if name in names for size in (into, out)]
+
+
 @dataclass(frozen=True)
 class Buffer:
     """The layout of the parameters of one format of one model chunk."""
@@ -165,10 +186,12 @@ class Buffer:
 def buffers(
     tensors: list[Tensor], *, all_fp32: bool, shards: int, expert_shards: int = 1, bucket_numel: int | None
 ) -> list[Buffer]:
-    """The buffers of a chunk, one for each format and for experts. shards: data-parallel x context ranks; expert_shards: ranks
-    with the same experts; bucket_numel: None for one bucket."""
+    """The buffers of a chunk's trained parameters, one for each format and for experts. shards: data-parallel x context ranks;
+    expert_shards: ranks with the same experts; bucket_numel: None for one bucket."""
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for one in tensors:
+        if one.is_frozen:
+            continue
         groups.setdefault((one.is_fp32 or all_fp32, one.is_expert), []).append(one)
     return [
         _lay_out(kind, group, shards=expert_shards if kind[1] else shards, bucket_numel=bucket_numel)
