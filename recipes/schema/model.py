@@ -6,6 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass, field
 from typing import Literal
 
+from recipes.schema.encoders import AudioConfig, VisionConfig
 from recipes.schema.experts import ExpertsConfig
 from recipes.schema.fields import Count, PositiveFloat, PositiveInt, SoftCap
 from recipes.schema.lora import LoraConfig
@@ -36,6 +37,10 @@ class ModelConfig:
     """Multi-token prediction (docs/mtp.md)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters of linear layers instead of the weights themselves (docs/lora.md)."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Encoder of images and of frames of videos (docs/multimodal.md)."""
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    """Encoder of audio (docs/multimodal.md)."""
     heads: PositiveInt = 4
     """Query heads of an attention layer."""
     kv_heads: PositiveInt = 4
@@ -101,6 +106,11 @@ class ModelConfig:
     def head_rows(self) -> int:
         """Outputs of the head: one for each row of the vocabulary, or one."""
         return 1 if self.head == "scalar" else self.vocab
+
+    @property
+    def has_encoders(self) -> bool:
+        """Whether the model reads images or audio."""
+        return self.vision.layers > 0 or self.audio.layers > 0
 
     @property
     def has_own_head(self) -> bool:

@@ -63,17 +63,9 @@ def without_mtp_problems(model: ModelConfig, *, place: str, what: str, key: str)
 
 
 def data_fit_problems(recipe: Recipe) -> list[Problem]:
-    """Media, which no model reads yet; an objective that needs preferences without them, and preferences with another one."""
+    """An objective that needs preferences without them, and preferences with another one."""
     kind, preferences = recipe.objective.kind, recipe.data.preferences
     found = []
-    if recipe.data.media_sources:
-        name = recipe.data.media_sources[0]
-        text = (
-            f"data.sources.{name} has media, and the model has no encoders: it would learn from placeholders instead of images "
-            f"and audio."
-        )
-        remedy = "This version prepares, shows and loads media. To train, take the source out of data.sources."
-        found.append(Problem(f"data.sources.{name}.kind", text, remedy))
     if preferences and kind not in PREFERENCE_OBJECTIVES:
         name = preferences[0]
         text = (

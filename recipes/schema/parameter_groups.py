@@ -7,6 +7,7 @@ matches a name applies to it.
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from recipes.schema.encoders import encoder_weights
 from recipes.schema.errors import Problem
 from recipes.schema.lora import adapter_prefixes
 from recipes.schema.model import ModelConfig
@@ -42,6 +43,7 @@ def parameter_names(model: ModelConfig) -> list[str]:
         prefix = f"mtp.layers.{depth}"
         found += [f"{prefix}.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")]
         found += _layer_names(model, mtp_kinds(model), f"{prefix}.mtp_model_layer.layers")
+    found += encoder_weights(model.vision, model.audio, model.hidden)
     return [*found, "decoder.final_norm.weight", *([HEAD] if model.has_own_head else [])]
 
 

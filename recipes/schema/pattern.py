@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, cast
 
+from recipes.schema.encoders import encoder_weights
 from recipes.schema.errors import Problem, refuse
 from recipes.schema.lora import adapted_linears
 from recipes.schema.model import ModelConfig
@@ -201,6 +202,8 @@ class ParameterCount:
     """Multi-token prediction: all sets of weights of its depths. The fields above are those of the model without it."""
     adapters: int
     """Low-rank adapters (`model.lora`); with any, no other parameter is trained."""
+    encoders: int
+    """Encoders of images and audio with their projectors."""
     norms: int
     """All RMSNorm weights: each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm, and those of further
     depths. The fields above include them."""
@@ -209,7 +212,7 @@ class ParameterCount:
     def total(self) -> int:
         """Every parameter once."""
         layers = self.mamba + self.attention + self.mlp + self.experts
-        return self.embedding + self.head + layers + self.final_norm + self.mtp + self.adapters
+        return self.embedding + self.head + layers + self.final_norm + self.mtp + self.encoders + self.adapters
 
     @property
     def trained(self) -> int:
@@ -218,8 +221,8 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters that take part in predicting one token, embedding and head included, further depths not."""
-        return self.total - self.idle - self.mtp
+        """Parameters that take part in predicting a token of text: with embedding and head, without further depths and encoders."""
+        return self.total - self.idle - self.mtp - self.encoders
 
 
 def mamba_layer_parameters(model: ModelConfig) -> int:
@@ -284,6 +287,7 @@ def parameters(model: ModelConfig) -> ParameterCount:
         final_norm=model.hidden,
         mtp=model.mtp.sets * depth[0],
         adapters=sum(map(sum, adapter_sizes(model).values())),
+        encoders=sum(one.numel for one in encoder_weights(model.vision, model.audio, model.hidden).values()),
         norms=norms + model.mtp.sets * depth[1],
     )
 
@@ -328,6 +332,9 @@ def weights_of(model: ModelConfig) -> dict[str, object]:
             "model.mtp.pattern": _without_windows(mtp_kinds(model)),
             "sets of weights of model.mtp": model.mtp.sets,
         }
+    for name in ("vision", "audio"):
+        if getattr(model, name).layers:
+            found |= {f"model.{name}": getattr(model, name)}
     if "-" in kinds:
         found |= {"model.ffn": model.ffn}
     if "E" in kinds:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from recipes.schema.changes import check_folder, differences, draws_adapters, mtp_change, refused, replaces_head
 from recipes.schema.data_rules import data_problems
+from recipes.schema.encoder_rules import encoder_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
@@ -109,6 +110,7 @@ def problems(
         *distill_problems(recipe),
         *grpo_problems(recipe, backend=backend),
         *data_fit_problems(recipe),
+        *encoder_problems(recipe),
         *dpo_problems(recipe),
         *reward_problems(recipe),
         *task_problems(

@@ -95,10 +95,13 @@ def type_at(cls: type, key: str) -> Any:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The text under each field of a dataclass, one line each, in order."""
+    """The text under each field of a dataclass, those of its bases included, one line each, in order."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        if dataclasses.is_dataclass(base):
+            docs |= field_docs(base)
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
-    docs: dict[str, str] = {}
     for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = following.value if isinstance(following, ast.Expr) else None

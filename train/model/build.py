@@ -41,6 +41,7 @@ from train.model.cross_entropy import cross_entropy_and_log_sums, soft_cap
 from train.model.experts import ExpertLayer, router_options
 from train.model.head import ScalarHead, hidden_states, likeliest_ids, token_rows
 from train.model.initial import initialize
+from train.model.media.encoders import MediaEncoders
 from train.model.mtp import Ahead, Depth, depths_spec, window_options
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.model.rotary import Rotary, score_factor
@@ -159,6 +160,11 @@ class Model(HybridModel):
             if ahead is None:
                 return self.losses_and_log_sums(tokens, positions, labels_BS=labels, context=context)
             return self.losses_of_depths(tokens, positions, labels_BS=labels, ahead=ahead, context=context)
+        if (row := kwargs.get("packed_seq_params")) is not None and row.media is not None:
+            kwargs["packed_seq_params"] = row.without_media()
+            if self.pre_process:
+                embedded_SBH = self.embedding(input_ids=args[0], position_ids=args[1])
+                kwargs["decoder_input"] = self.media.splice(embedded_SBH, row.media)
         output = super().forward(*args, labels=labels, **kwargs)
         if not self.post_process or labels is not None:
             return output
@@ -417,6 +423,8 @@ def build_model(
         if run.integrity.enabled:
             attach_checks(part, pattern=model.pattern, kinds=run.integrity.products)
         backend.equip(part, model=model, precision=precision)
+        if part.pre_process and model.has_encoders:
+            part.media = MediaEncoders(model, decoder=config, groups=mesh.groups)
         attach_adapters(part, model)
         if draw_weights:
             initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)

@@ -4,13 +4,14 @@ Megatron passes `packed_seq_params` through the schedules, activation recomputat
 attention core. `RowContext` extends that class, so no second path is needed.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from data.batch import MediaBatch
 from train.model.documents import document_starts
 
 PAGE_TOKENS = 16
@@ -144,6 +145,8 @@ class RowContext(PackedSeqParams):
     """Set during inference only."""
     is_stepwise: bool = False
     """Compute token by token, as a model that generates does: compiled kernels then give the same bits (docs/align.md)."""
+    media: MediaBatch | None = None
+    """Images and clips of the rows, whose placeholders the first stage replaces by features (`train.model.media`)."""
     masks: dict[tuple[int | None, ...], Any] = field(default_factory=dict)
     """Attention masks that layers of this microbatch share (`train.model.flex`)."""
 
@@ -152,6 +155,12 @@ class RowContext(PackedSeqParams):
         """Of `documents`, on a CPU, in pages of an engine's default size."""
         assert self.documents is not None
         return document_pages(self.documents, page_tokens=PAGE_TOKENS)
+
+    def without_media(self) -> "RowContext | None":
+        """What the layers get; None if it is nothing."""
+        if self.documents is None and self.segments is None and not self.is_stepwise:
+            return None
+        return replace(self, media=None)
 
     def __post_init__(self) -> None:
         """Megatron's stock mixer passes `seq_idx` to mamba-ssm's kernels, which reset the state where it changes."""

@@ -8,7 +8,8 @@ Rules (L layers): projections N(0, init_std); projections into the residual stre
 and D one (zero for norm weights to which one is added); A uniform in [1, 16]; softplus(dt_bias) log-uniform in
 [0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060); a scalar head
 N(0, 1/sqrt(hidden + 1)) (arXiv 2009.01325); adapters' `down` uniform in +-1/sqrt(inputs), as torch's linears, and `up` zero
-(arXiv 2106.09685, section 4.1).
+(arXiv 2106.09685, section 4.1). Encoders: the same for their projections, with L their own layers; biases zero, norms one; what
+takes pixels and frames in N(0, 1/sqrt(inputs)); learned positions N(0, init_std).
 
 Each expert's matrix is drawn by itself, seeded with the name and the expert's index in the layer.
 
@@ -32,6 +33,8 @@ HEAD = "output_layer.weight"
 ADAPTER_DOWN, ADAPTER_UP = "_adapter.down", "_adapter.up"
 MTP = "mtp."
 """The beginning of the names of all weights of further depths."""
+MEDIA = "media."
+"""The beginning of the names of all weights of encoders and projectors."""
 _PLAIN = (
     "linear_qkv.weight",
     "linear_fc1.weight",
@@ -115,6 +118,8 @@ def _draw(
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
+    if name.startswith(MEDIA):
+        return _draw_encoder(name, shape, model=model, generator=generator)
     if name == HEAD and model.head == "scalar":
         return torch.empty(shape).normal_(0.0, 1 / math.sqrt(model.hidden + 1), generator=generator)
     if name.endswith(ADAPTER_DOWN):
@@ -139,3 +144,16 @@ def _draw(
         dt = uniform(math.log(DT_RANGE[0]), math.log(DT_RANGE[1])).exp().clamp(min=DT_FLOOR)
         return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
     raise AssertionError(f"no rule for the initial value of {name}: add one to train/model/initial.py")
+
+
+def _draw_encoder(name: str, shape: list[int], *, model: ModelConfig, generator: torch.Generator) -> torch.Tensor:
+    """Initial values of a parameter of `train.model.media`."""
+    depth = {"vision": model.vision.layers, "audio": model.audio.layers}.get(name.split(".")[1], 1)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if "layernorm" in name:
+        return torch.ones(shape)
+    if name.endswith(("patch_embedding.weight", "conv1.weight", "conv2.weight")):
+        return torch.empty(shape).normal_(0.0, 1 / math.sqrt(math.prod(shape[1:])), generator=generator)
+    std = model.init_std / math.sqrt(depth) if name.endswith(_RESIDUAL) else model.init_std
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

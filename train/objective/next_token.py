@@ -44,8 +44,9 @@ def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows
         tokens, labels = tokens[:, where].contiguous(), labels[:, where].contiguous()
         learned = None if learned is None else learned[:, where]
     context = None
-    if reset_at_documents:
-        context = RowContext(documents=batch.document_index.to(mesh.device, non_blocking=True))
+    if reset_at_documents or batch.media is not None:
+        documents = batch.document_index.to(mesh.device, non_blocking=True) if reset_at_documents else None
+        context = RowContext(documents=documents, media=batch.media)
     return LocalRows(tokens, labels, positions=where.expand_as(tokens), learned=learned, context=context)
 
 

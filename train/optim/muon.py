@@ -89,10 +89,11 @@ class Cut:
 
 
 def matrix_cuts(chunk: nn.Module, *, split_fused: bool) -> dict[nn.Parameter, Cut]:
-    """The parameters of a model chunk that Muon updates: all matrices except embedding and head, and the weights of experts."""
+    """The parameters of a model chunk that Muon updates: all matrices except embedding, head and encoders, and the weights of
+    experts."""
     found = {}
     for name, parameter in chunk.named_parameters():
-        if not parameter.requires_grad or name.startswith(("embedding.", "output_layer.")):
+        if not parameter.requires_grad or name.startswith(("embedding.", "output_layer.", "media.")):
             continue
         *outer, rows, columns = parameter.shape if parameter.dim() > 1 else (1, 1)
         split: Literal["rows", "columns", "none"] = "none"

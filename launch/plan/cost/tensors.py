@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
+from recipes.schema.encoders import encoder_weights
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import LayerKind, mtp_kinds, mtp_projection_weights
 from recipes.schema.scaling import linear_shapes
@@ -89,6 +90,9 @@ def stage_tensors(
             found.append(Tensor(model.hidden))  # the same on every tensor rank
         elif model.has_own_head or not (is_first or has_depths):
             found.append(Tensor(table, is_shared=shared))
+    if is_first:
+        weights = encoder_weights(model.vision, model.audio, model.hidden).values()
+        found += [Tensor(one.numel // (tensor if one.split else 1)) for one in weights]
     return found
 
 
