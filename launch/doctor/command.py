@@ -84,7 +84,7 @@ def _qualify(own: argparse.Namespace) -> int:
     """Run, or print, the schedule. -> 1 if a piece failed or had no time, or if there is no GPU to test."""
     # Start-up: the rest of doctor runs before any package is installed; these need optional ones.
     from launch.doctor import qualify
-    from launch.doctor.qualify_report import Reporter
+    from launch.doctor.qualify_report import Reporter  # likewise
 
     # likewise
     folder = (own.folder / f"qualify-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
