@@ -86,7 +86,6 @@ def _qualify(own: argparse.Namespace) -> int:
     from launch.doctor import qualify
     from launch.doctor.qualify_report import Reporter  # likewise
 
-    # likewise
     folder = (own.folder / f"qualify-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     options = qualify.options_of(folder, budget_minutes=own.minutes, rehearse=own.rehearse)
     if own.dry_run:
