@@ -164,8 +164,10 @@ def shown(command: Sequence[str]) -> str:
 
 
 def run(pieces: Sequence[Piece], options: Options, report: Reporter) -> list[Result]:
-    """Run pieces in their order. Ctrl-C ends the piece that runs and the schedule; what is done is reported."""
+    """Run pieces in their order. Ctrl-C or SIGTERM ends the piece that runs and the schedule; what is done is reported."""
     options.folder.mkdir(parents=True, exist_ok=True)
+    # Pieces are in sessions of their own: without this, a job that is stopped would leave the running one behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ends = time.monotonic() + 60 * options.budget_minutes
     results = [Result(piece.name, piece.about, shown(piece.command)) for piece in pieces]
     for piece, result in zip(pieces, results, strict=True):

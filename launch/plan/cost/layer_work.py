@@ -99,6 +99,7 @@ def layer_work(
     tokens: int,
     sequence: int,
     tensor: int,
+    context: int = 1,
     expert: int = 1,
     expert_tensor: int = 1,
     split_sequence: bool,
@@ -163,7 +164,11 @@ def layer_work(
             # Convolution, gate, norm and scan read and write their operands. States are written, passed between chunks, and read.
             forward += tokens * (2.0 * (2 * conv + 6 * inner_width) + 3 * states)
             backward += tokens * (2.0 * (5 * conv + 14 * inner_width) + 6 * states)
-            exchange = 2.0 * tokens * (2 * inner_width + 2 * groups * model.mamba_state + inner_width)
+            steps = model.mamba_heads / tensor
+            sent_groups = max(
+                groups, context
+            )  # Megatron repeats B and C where there are fewer groups than context ranks
+            exchange = 2.0 * tokens * (2 * inner_width + 2 * sent_groups * model.mamba_state + steps + inner_width)
     # Of an expert layer, only the shared expert needs the tokens of all tensor ranks.
     is_split = tensor > 1 and (kind != "E" or model.experts.shared_ffn > 0)
     return LayerWork(
@@ -230,10 +235,11 @@ def projection_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWor
     )
 
 
-def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
+def head_work(model: ModelConfig, *, tokens: int, tensor: int, split_sequence: bool) -> LayerWork:
     """Work of final norm, output projection and cross-entropy. Logits have 2 bytes; the loss is computed in fp32.
 
-    A scalar head is computed by every tensor rank.
+    A scalar head is computed by every tensor rank. Sequence parallel: its input is gathered, again for the weight gradient, and
+    the input's gradient is scattered. Otherwise that gradient is summed (an all-reduce).
     """
     vocab = 1 if model.head == "scalar" else model.vocab // tensor
     logits = float(tokens) * vocab
@@ -243,6 +249,6 @@ def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
         + 14.0 * logits,  # write 2; read 2 and write 4 (fp32); read for max and sum
         backward_bytes=2.0 * 3 * tokens * model.hidden + 10.0 * logits,
         tensor_bytes=2.0 * tokens * model.hidden,
-        tensor_collectives=(1, 2) if tensor > 1 else (0, 0),
+        tensor_collectives=((1, 2) if split_sequence else (0, 2)) if tensor > 1 else (0, 0),
         weights=vocab * model.hidden,
     )

@@ -165,9 +165,8 @@ def muon_seconds(setting: Setting, stage: int, *, muon: MuonConfig) -> float:
 
 def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low: bool = False) -> float:
     """Seconds of one layer, or of the head, for one microbatch: forward and backward on one rank."""
-    tensor = setting.layout.tensor
     if kind == "head":
-        return sum(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=tensor)).values())
+        return sum(_layer(setting, "head", head_of(setting)).values())
     return sum(_layer(setting, kind, _work(setting, kind, is_low=is_low)).values())
 
 
@@ -178,8 +177,14 @@ def forward_seconds(setting: Setting) -> float:
     total = 0.0
     for kind, count in layers.items():
         total += count * _layer(full, kind, _work(setting, kind, is_low=setting.low is not None))["recompute"]  # type: ignore[arg-type]
-    head = head_work(setting.model, tokens=setting.tokens, tensor=setting.layout.tensor)
-    return total + sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in head.gemms)
+    return total + sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in head_of(setting).gemms)
+
+
+def head_of(setting: Setting) -> LayerWork:
+    """Work of the head for one microbatch."""
+    return head_work(
+        setting.model, tokens=setting.tokens, tensor=setting.layout.tensor, split_sequence=setting.split_sequence
+    )
 
 
 def _work(setting: Setting, kind: LayerKind, *, is_low: bool, scalings: Mapping[str, str] | None = None) -> LayerWork:
@@ -189,6 +194,7 @@ def _work(setting: Setting, kind: LayerKind, *, is_low: bool, scalings: Mapping[
         tokens=setting.tokens,
         sequence=setting.sequence,
         tensor=setting.layout.tensor,
+        context=setting.layout.context,
         expert=setting.layout.expert,
         expert_tensor=setting.layout.expert_tensor,
         split_sequence=setting.split_sequence,
@@ -211,7 +217,7 @@ def _rank_microbatch(setting: Setting, stage: int) -> Parts:
     for (kind, is_low, scalings), count in kinds.items():
         parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low, scalings=dict(scalings))), times=count)
     if stage == layout.pipeline - 1:
-        parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
+        parts.add(_layer(setting, "head", head_of(setting)))
         for work_kind, work in _depth_work(setting):
             parts.add(_layer(setting, work_kind, work), times=setting.model.mtp.depths)
         parts["teacher"] += setting.teacher_s
@@ -228,7 +234,7 @@ def _depth_work(setting: Setting) -> list[tuple[str, LayerWork]]:
     return [
         ("head", projection_work(model, tokens=setting.tokens, tensor=tensor)),
         *((kind, _work(setting, kind, is_low=False)) for kind in mtp_kinds(model)),
-        ("head", head_work(model, tokens=setting.tokens, tensor=tensor)),
+        ("head", head_of(setting)),
     ]
 
 
@@ -263,7 +269,7 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     routing = work.routed_bytes * eff.route / memory
     parts["elementwise"] += routing
 
-    if work.tensor_collectives[0]:
+    if any(work.tensor_collectives):
         size = work.tensor_bytes * (setting.layout.tensor - 1) / setting.layout.tensor
         seconds = size / _bandwidth(setting, size=setting.layout.tensor, stride=1) + eff.hop_s
         exposed = seconds * (1 - software.hides_tensor)

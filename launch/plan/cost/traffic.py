@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from launch.plan.cost.layer_work import LayerWork, head_work, layer_work, projection_work
-from launch.plan.cost.time import Setting
-from recipes.schema.pattern import mtp_kinds
+from launch.plan.cost.layer_work import LayerWork, layer_work, projection_work
+from launch.plan.cost.tensors import bucket_size, buffers, stage_tensors
+from launch.plan.cost.time import Setting, head_of
+from recipes.schema.pattern import layer_norms, mtp_kinds
 
 
 @dataclass
@@ -62,6 +63,7 @@ def step_traffic(setting: Setting) -> StepTraffic:
             tokens=setting.tokens,
             sequence=setting.sequence,
             tensor=layout.tensor,
+            context=layout.context,
             expert=layout.expert,
             expert_tensor=layout.expert_tensor,
             split_sequence=setting.split_sequence,
@@ -76,23 +78,13 @@ def step_traffic(setting: Setting) -> StepTraffic:
         elif kind in "*w":
             parts["attention scores"].flops += times * (3 + recompute) * work.score_flops
         _wire(setting, wire, work, times, recompute)
-    head = head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)
+    head = head_of(setting)
     projection = projection_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)
     for work, count in ((head, 1 + depths), (projection, depths)):
         _products(parts["head"], work, per_rank * count, 0.0)
         _wire(setting, wire, work, per_rank * count, 0.0)
-    shards = layout.data * layout.context
-    table = setting.model.vocab * setting.model.hidden / layout.tensor
-    own_head = setting.model.hidden if setting.model.head == "scalar" else table
-    weights, of_experts = table + own_head * setting.model.has_own_head, 0.0
-    stored = Counter("".join(setting.stages)) + Counter(mtp_kinds(setting.model) * setting.model.mtp.sets)
-    weights += setting.model.mtp.sets * projection.weights
-    for kind, count in stored.items():
-        work = _weights(setting, kind)
-        weights += count * work.weights
-        of_experts += count * work.expert_weights
-    wire["data"] += 6.0 * weights / layout.pipeline * (shards - 1) / shards
-    wire["data"] += 6.0 * of_experts / layout.pipeline * (layout.expert_data - 1) / layout.expert_data
+    _embedding_and_loss(setting, wire, per_rank, depths)
+    _gradients_and_weights(setting, wire)
     if layout.pipeline > 1:
         hop = 2.0 * setting.tokens * setting.model.hidden / (layout.tensor if setting.split_sequence else 1)
         hops = layout.pipeline * layout.virtual - 1
@@ -100,20 +92,45 @@ def step_traffic(setting: Setting) -> StepTraffic:
     return StepTraffic(parts=parts, wire_bytes=wire)
 
 
-def _weights(setting: Setting, kind: str) -> LayerWork:
-    """One layer on one rank, for the number of its weights."""
-    return layer_work(
-        kind,  # type: ignore[arg-type]
-        setting.model,
-        tokens=1,
-        sequence=1,
-        tensor=setting.layout.tensor,
-        expert=setting.layout.expert,
-        expert_tensor=setting.layout.expert_tensor,
-        split_sequence=False,
-        is_low=False,
-        latent=setting.latent,
-    )
+def _embedding_and_loss(setting: Setting, wire: dict[str, float], per_rank: float, depths: int) -> None:
+    """Add what the tensor ranks exchange outside layers and products.
+
+    The embedding's partial sums: one all-reduce, or a reduce-scatter forward and a gather backward. The cross-entropy of logits
+    that are split by vocabulary: a maximum, a sum of exponentials and the label's logit, an fp32 all-reduce each. Under sequence
+    parallelism once a step: the gradients of weights that every tensor rank has, norms and routers.
+    """
+    model, layout = setting.model, setting.layout
+    sent = (layout.tensor - 1) / layout.tensor
+    wire["tensor"] += per_rank * 2 * 2.0 * setting.tokens * model.hidden * sent
+    if model.head == "vocabulary":
+        wire["tensor"] += per_rank * (1 + depths) * 3 * 2 * 4.0 * setting.tokens * sent
+    if setting.split_sequence:
+        shared = sum(
+            layer_norms(model) + (model.experts.count * model.hidden if kind == "E" else 0)
+            for kind in "".join(setting.stages)
+        )
+        wire["tensor"] += 2 * 4.0 * (shared + model.hidden) / layout.pipeline * sent
+
+
+def _gradients_and_weights(setting: Setting, wire: dict[str, float]) -> None:
+    """Add the scattered fp32 gradients and the gathered weights of Megatron's buffers, padding included. Each pipeline stage has
+    its own."""
+    layout, chunks = setting.layout, setting.stages
+    for index, pattern in enumerate(chunks):
+        tensors = stage_tensors(
+            setting.model, pattern, tensor=layout.tensor, expert=layout.expert, expert_tensor=layout.expert_tensor,
+            is_first=index == 0, is_last=index == len(chunks) - 1, stages=layout.pipeline,
+        )  # fmt: skip
+        shards = layout.data * layout.context
+        for buffer in buffers(
+            tensors, all_fp32=setting.high == "fp32", shards=shards, expert_shards=layout.expert_data,
+            bucket_numel=bucket_size(
+                data=layout.data, overlap=setting.overlap_grad_reduce, is_first_stage=index == 0, is_first_chunk=index == 0
+            ),
+        ):  # fmt: skip
+            ranks = layout.expert_data if buffer.is_expert else shards
+            size = 4 + (4 if buffer.is_fp32 else 2)
+            wire["data"] += size * buffer.numel * (ranks - 1) / ranks / layout.pipeline
 
 
 def _products(part: Traffic, work: LayerWork, times: float, recompute: float) -> None:

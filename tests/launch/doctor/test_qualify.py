@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def options_in(folder: Path, **changes: object) -> Options:
-    made = Options(folder / "out", budget_minutes=1, rehearse=True, gpus=0, missing=("transformer-engine", "mamba-ssm"))
+    made = Options(folder / "out", budget_minutes=9, rehearse=True, gpus=0, missing=("transformer-engine", "mamba-ssm"))
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -60,6 +61,21 @@ def test_pieces_that_fail_do_not_stop_the_next_ones(tmp_path: Path) -> None:
     assert "| hangs | out of time | 1 |" in text and "this | is why" in text and "needs a second GPU" in text
 
 
+def test_a_stopped_schedule_leaves_no_process_behind(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    sleeps = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    pid = os.fork()
+    if pid == 0:
+        ran([piece("sleeps", sleeps), piece("next", "pass")], options_in(tmp_path))
+        os._exit(0)
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+    time.sleep(4)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["state"] for one in stored["pieces"]] == ["failed", "not started"] and not mark.exists()
+
+
 def test_a_refused_recipe_and_skipped_tests_are_no_failures(tmp_path: Path) -> None:
     step = (sys.executable, "-P", "-m", "train.speed", "-cn", "smoke", "parallel.tensor=3")
     skipped = (
@@ -76,7 +92,7 @@ def test_a_refused_recipe_and_skipped_tests_are_no_failures(tmp_path: Path) -> N
         "mxfp8",
     )
     found = ran(
-        [Piece("step", "", step, 1, plan=("-cn", "smoke")), Piece("tests", "", skipped, 1)], options_in(tmp_path)
+        [Piece("step", "", step, 4, plan=("-cn", "smoke")), Piece("tests", "", skipped, 4)], options_in(tmp_path)
     )
     assert found["step"].state == "refused" and "parallel.tensor=3" in found["step"].reason, found["step"]
     assert found["step"].planned["tokens_per_s_per_gpu"] > 0

@@ -1,0 +1,39 @@
+"""One layer of each kind of Nano 12B at full width, stored in bf16, against transformers in float64.
+
+Several GB of memory: its MLP has 210 million weights, each kept as bf16, as fp32 master and moments, as a gradient, and in
+float64 twice. Rounding to bf16 (8 bits) of activations and weights moves values by 2e-3 to 1e-2 of their root mean square; the
+smoke recipe's widths show the same (tests/gpu/test_layers.py), so what is tested here is that width changes nothing.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layers_in_float64 import VOCAB, differences
+from ranks import run_ranks
+
+from launch.compose import compose
+
+pytestmark = pytest.mark.slow
+LENGTH = 160
+"""More than one chunk of the scan (128)."""
+
+
+def measured(rank: int, name: str, pattern: str) -> dict[str, float]:
+    torch.set_num_threads(2)
+    recipe = compose(["-cn", name], program="test")
+    assert not isinstance(recipe, int)
+    model = replace(recipe.model, pattern=pattern, vocab=VOCAB)
+    return differences(model, storage="bf16", device=torch.device("cpu"), length=LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("nemotron_nano_12b_v2", "M"), ("nemotron_nano_12b_v2", "*"), ("nemotron_nano_12b_v2", "-"),
+    ],
+)  # fmt: skip
+def test_a_layer_at_full_width_equals_float64(name: str, pattern: str) -> None:
+    (found,) = run_ranks(1, measured, name, pattern, timeout_s=600)
+    print(name, pattern, {key: round(value, 5) for key, value in found.items()})
+    assert max(found.values()) < 3e-2, found
