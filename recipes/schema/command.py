@@ -43,6 +43,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
+from recipes.schema.engine_switches import about_switch
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import printable
 from recipes.schema.messages import SYSTEM_REMEDIES, complain, describe_system_error
@@ -468,7 +469,7 @@ def _unknown_key(key: str, *, program: str, keys: list[str]) -> str:
         )
     if key in keys or key in _groups():
         return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
-    hint = did_you_mean(
+    hint = about_switch(key) or did_you_mean(
         key,
         [*keys, *([] if "." in key else _groups())],
         otherwise=f"`{STRATUM} {program} -cn NAME --cfg job` shows every key.",

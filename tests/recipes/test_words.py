@@ -13,6 +13,7 @@ from recipes_composed import composed
 from launch.plan.command import main as plan
 from recipes.schema import command
 from recipes.schema.command import dotted_keys, quote_texts, replace_groups, run_command
+from recipes.schema.engine_switches import SWITCHES
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.read import read_recipe, recipe_from_mapping
 from recipes.schema.recipe import Recipe
@@ -147,3 +148,21 @@ def test_an_error_of_the_recipe_is_left_to_rank_0_of_torchrun(
         assert "unknown recipe key 'model.hiden'" in refusal(capsys, "-cn", "smoke", "model.hiden=3")
         assert waits == expected
         waits.clear()
+
+
+def test_megatrons_switches_are_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that would change nothing without an error, by any spelling, and each is in docs/megatron.md."""
+    for word, reason in (
+        ("model.cuda_graph_impl=full_iteration", "the switch changes nothing"),
+        ("parallel.cpu-offloading=true", "The stack of hybrids ignores it. Use parallel.recompute=full."),
+        ("parallel.fsdp=true", "gives no gradient to conv1d, dt_bias, A_log and D"),
+        ("parallel.recompute_modules=[mlp]", "not a recipe field yet"),
+    ):
+        assert reason in refusal(capsys, "-cn", "smoke", word)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "megatron.md").read_text()
+    assert not [
+        name
+        for name in SWITCHES
+        if name not in page and not name.startswith(("recompute_granularity", "recompute_num"))
+    ]
+    assert sum(switch.silent for switch in SWITCHES.values()) >= 4

@@ -21,8 +21,8 @@ stratum validate --picture scatter.png              predicted against published
 stratum validate --table                            the table of docs/plan.md
 """
 _NOTES = """
-A row is in scope if its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and its layout
-is complete. Rows with experts, LoRA, row-wise FP8 or TPUs are out of scope. docs/plan.md gives the FLOP convention of each
+A row is in scope if its model is in a table of public shapes (dense, hybrid or with experts), its GPU is known, and its layout is
+complete. Rows with LoRA, row-wise FP8 or TPUs are out of scope. docs/plan.md gives the FLOP convention of each
 publisher, the constants, and the rows they were fitted on.
 """
 
