@@ -332,7 +332,8 @@ def measured(run: Path, *, every_steps: int) -> Measured:
     first, last = steps[0]["time"] - sum(steps[0]["seconds"].values()), steps[-1]["time"]
     stretches = [replace(one, start=max(one.start, first), end=min(one.end, last)) for one in time_spent(lines, starts)]
     spent = totals([one for one in stretches if one.end > one.start])
-    ends = [line for line in starts if line["kind"] == "attempt_end" and "failed" in line]
+    # A run that is killed before its first copy or save starts again from nothing: its record begins then.
+    ends = [line for line in starts if line["kind"] == "attempt_end" and first < line.get("failed", 0.0) < last]
     failed = [line["failed"] for line in ends]
     down, whole = [], 0.0
     for end, until in zip(ends, [*failed[1:], last], strict=True):
