@@ -86,11 +86,3 @@ def test_a_spare_takes_the_place_of_a_failing_and_of_a_lost_node(tmp_path: Path)
         assert losing.checkpoint_step() == 40 and "here: a node was lost" in log
         ends = [line for line in starts_of(losing.path) if line["kind"] == "attempt_end"]
         assert len(ends) == 2
-
-        # The first node has the job's script and the rendezvous: the job goes back into the queue, spares or not.
-        first = begin(tmp_path, "first", "--hold", "20", "--patience-s", "5")
-        lose("n1", first)
-        (job,) = look_up(job_numbers(first))
-        assert (job.state, job.restarts) == ("COMPLETED", 1) and first.checkpoint_step() == 40
-        kinds = [line["kind"] for line in starts_of(first.path)]
-        assert kinds[:3] == ["submission", "attempt", "attempt"], "the script could not write the first one's end"
