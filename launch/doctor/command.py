@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.doctor.deep import deep
 from launch.doctor.gpu import ON_GPU, cuda, fabric, gpus
 from launch.doctor.machine import ELSEWHERE, SETUP, Finding, Machine, package, pins, project_file
 from recipes.schema import units
@@ -33,6 +34,11 @@ _INTERFACE = (
     "for gloo on several nodes, torchrun needs GLOO_SOCKET_IFNAME=NAME (`ip -brief address`); `launch slurm` sets it"
 )
 FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
+
+
+def node_name() -> str:
+    """Slurm's name of this node, or the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
   stratum doctor --gpu --json                         what training on GPUs needs, for scripts
   stratum doctor --qualify                            tests and speed of this machine's GPUs, 40 minutes, a report to send
   stratum doctor --qualify --dry-run                  the schedule of that
+  srun --ntasks-per-node=1 stratum doctor --deep      every node of an allocation; a failing one prints its name
 
 Before anything is installed, in a checkout: python3 -m launch.doctor
 Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for what you do not use.""",
@@ -60,6 +67,7 @@ Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for wha
     parser.add_argument("--gpu", action="store_true", help="also require what training on GPUs needs")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be stored (default: runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--deep", action="store_true", help="also compute, copy, write and sum for up to a minute")
     parser.add_argument(
         "--qualify", action="store_true", help="test the GPUs and measure training steps (needs the packages)"
     )
@@ -71,12 +79,18 @@ Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for wha
         return _qualify(own)
     if own.dry_run or own.rehearse:
         parser.error("--dry-run and --rehearse belong to --qualify. Add it.")
-    findings = [_needed(one) if own.gpu else one for one in look(Machine(), folder=own.folder)]
+    machine = Machine()
+    findings = [_needed(one) if own.gpu else one for one in look(machine, folder=own.folder)]
+    findings += deep(machine, folder=own.folder) if own.deep else []
     wrong = [one for one in findings if one.state == "wrong"]
     if own.json:
-        sys.stdout.write(json.dumps({"ready": not wrong, "findings": [asdict(one) for one in findings]}) + "\n")
+        sys.stdout.write(
+            json.dumps({"node": node_name(), "ready": not wrong, "findings": [asdict(one) for one in findings]}) + "\n"
+        )
     else:
         sys.stdout.write(report(findings, color=sys.stdout.isatty()))
+        if wrong:
+            sys.stdout.write(f"{node_name()} is not ready: {', '.join(one.what for one in wrong)}.\n")
     return 1 if wrong else 0
 
 

@@ -28,7 +28,7 @@ import time
 from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,10 +332,13 @@ def measured(run: Path, *, every_steps: int) -> Measured:
     first, last = steps[0]["time"] - sum(steps[0]["seconds"].values()), steps[-1]["time"]
     stretches = [replace(one, start=max(one.start, first), end=min(one.end, last)) for one in time_spent(lines, starts)]
     spent = totals([one for one in stretches if one.end > one.start])
-    failed = [line["failed"] for line in starts if line["kind"] == "attempt_end" and "failed" in line]
+    # A run that is killed before its first copy or save starts again from nothing: its record begins then.
+    ends = [line for line in starts if line["kind"] == "attempt_end" and first < line.get("failed", 0.0) < last]
+    failed = [line["failed"] for line in ends]
     down, whole = [], 0.0
-    for begin, until in pairwise([*failed, last]):
-        back = next((line["time"] - line["step_s"] for line in steps if line["time"] > begin), until)
+    for end, until in zip(ends, [*failed[1:], last], strict=True):
+        begin = end["failed"]  # rank 0 may write a line later: the last of this attempt
+        back = next((line["time"] - line["step_s"] for line in steps if line["time"] > end["time"]), until)
         whole += min(back, until) - begin
         if back < until:
             down.append(back - begin)
@@ -380,10 +383,10 @@ def compare_goodput(folder: Path, memory: Path, *, steps: int, number: int | Non
             launch=replace(base.launch, backoff_s=0.1, restarts=100),
         )
         run = ChaosRun(folder, recipe, ranks=one.ranks)
-        faults = plan(at, faults=200, ranks=one.ranks, mean_s=one.mean_s, kinds=("kill",))
+        faults = plan(50 + at, faults=200, ranks=one.ranks, mean_s=one.mean_s, kinds=("kill",))
         times = list(accumulate(fault.at_s for fault in faults))
         faults = [*faults[: bisect(times, seconds)], Fault(STOP, one.mean_s, 0, 0.0)]
-        run.to_end(faults, draw=random.Random(at), may_be_left=True)
+        run.to_end(faults, draw=random.Random(50 + at), may_be_left=True)
         found = measured(run.run, every_steps=one.copy_steps or one.save_steps)
         simulated = simulate_at(found.times, found.failures, found.saving, end_s=found.end_s).goodput
         print(

@@ -214,8 +214,10 @@ def _life(until: float, saving: Saving) -> _Life:
 def simulate_at(times: Sequence[float], failures: Failures, saving: Saving, *, end_s: float) -> Outcome:
     """Simulate a run that trains from time 0 on, fails at `times`, and ends at `end_s` with nothing lost.
 
-    No chance is involved, so `failures.mean_s` is not used and the error is 0.
+    No chance is involved, so `failures.mean_s` is not used and the error is 0. ValueError for times that do not ascend from 0.
     """
+    if [0.0, *times, end_s] != sorted([0.0, *times, end_s]):
+        raise ValueError(f"failures at {list(times)} are not in order between 0 and {end_s:g} s")
     stalled = lost = restarting = useful = last = back = 0.0
     for number, at in enumerate((*times, end_s)):
         restarting += min(at, back) - last

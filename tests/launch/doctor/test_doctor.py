@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.doctor.command import look, report
+from launch.doctor.deep import deep
 from launch.doctor.gpu import ON_GPU
 from launch.doctor.machine import Finding, Machine
 
@@ -54,6 +55,7 @@ def test_older_pythons_can_read_it() -> None:
 
     for name in (
         "doctor/command.py",
+        "doctor/deep.py",
         "doctor/gpu.py",
         "doctor/machine.py",
         "doctor/__init__.py",
@@ -81,6 +83,31 @@ def test_on_a_cpu_machine_nothing_is_required_that_only_gpus_or_other_systems_ne
         if one["what"] in ON_GPU:
             assert one["state"] == "ok" or one["remedy"].startswith("nothing to do here: only GPUs use it"), one
         assert "tzdata" not in one["found"] or sys.platform == "win32", one
+
+
+def test_deep_checks_on_this_machine(tmp_path: Path) -> None:
+    """Two processes over gloo: right numbers, the bytes of the disk, the sum, the clock; nothing is left in the folder.
+
+    The budget is long, because this machine may be shared.
+    """
+    found = {one.what: one for one in deep(Machine(), folder=tmp_path, budget_s=300)}
+    assert list(found) == ["products", "memory", "disk", "all-reduce", "clock"]
+    assert [one.state for one in found.values()] == ["ok"] * 5, found
+    assert not list(tmp_path.iterdir())
+
+
+def test_deep_checks_that_hang_or_cannot_start_are_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (late,) = deep(Machine(), folder=tmp_path, budget_s=0.2)
+    assert (late.state, late.found) == ("wrong", "no end after 0.2 s")
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    (tmp_path / "bare" / "train" / "__init__.py").write_text("import torch_that_is_not_installed\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bare"))
+    (bare,) = deep(Machine(), folder=tmp_path)
+    assert (
+        bare.found == "status 1: ModuleNotFoundError: No module named 'torch_that_is_not_installed'"
+        and bare.state == "wrong"
+    )
+    assert "make setup" in bare.remedy
 
 
 def test_make_help_lists_every_command() -> None:

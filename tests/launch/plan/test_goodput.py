@@ -147,3 +147,5 @@ def test_a_run_that_fails_at_given_times_by_hand() -> None:
     assert played.useful == 20.0 + 0.0 + 10.0 and played.lost == 4.0 + 11.0
     assert played.stalled == 2.0 + 1.0 and played.restarting == 2.0 + 5.0 + 5.0
     assert played.elapsed == 60.0 and played.failures == 3 and played.error == 0.0
+    with pytest.raises(ValueError, match=r"failures at \[-3.0\] are not in order between 0 and 60 s"):
+        simulate_at([-3.0], failures, saving, end_s=60.0)

@@ -42,6 +42,13 @@ def begin(root: Path, name: str, *words: str) -> RunFolder:
     return run
 
 
+def lose(node: str, run: RunFolder) -> None:
+    """Take a node down while the run waits at step 20, and wait for the run's end. (The node comes back by itself.)"""
+    wait_for(lambda: run.step() >= 20)
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
+    wait_for(lambda: not active_jobs(run), timeout_s=200)
+
+
 def nodes_of_starts(run: RunFolder) -> list[list[str]]:
     """The nodes of ranks 0 and 1 at each start."""
     return [
@@ -71,12 +78,7 @@ def test_a_spare_takes_the_place_of_a_failing_and_of_a_lost_node(tmp_path: Path)
         (tmp_path / "losing").mkdir()
         (tmp_path / "losing" / SUSPECTS).write_text('{"kind": "persistent", "hosts": ["n2"]}\n')
         losing = begin(tmp_path, "losing", "--hold", "20", "--patience-s", "5")
-        wait_for(lambda: losing.step() >= 20)
-        try:
-            subprocess.run(["scontrol", "update", "nodename=n3", "state=down", "reason=test"], check=True)
-            wait_for(lambda: not active_jobs(losing), timeout_s=200)
-        finally:
-            subprocess.run(["scontrol", "update", "nodename=n3", "state=resume"], check=False)
+        lose("n3", losing)
         (job,) = look_up(job_numbers(losing))
         log = (losing.logs / f"slurm-{job.number}.log").read_text()
         assert (job.state, job.restarts) == ("COMPLETED", 0), log
