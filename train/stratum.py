@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from recipes.schema.terminal import fitted
 from train.command_list import COMMANDS
 
 PACKAGE = "stratum-pretrain"
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help"):
-        sys.stdout.write(help_text())
+        sys.stdout.write(fitted(help_text(), sys.stdout))
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
         sys.stdout.write(version_text())
@@ -81,7 +82,7 @@ def _unknown(words: Sequence[str]) -> int:
     if any(name.startswith(f"{first} ") for name in COMMANDS):
         second = words[1] if len(words) > 1 else ""
         if second in ("-h", "--help"):
-            sys.stdout.write(help_text(f"{first} "))
+            sys.stdout.write(fitted(help_text(f"{first} "), sys.stdout))
             return 0
         choices = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
         near = difflib.get_close_matches(second, choices, n=1, cutoff=0.5)

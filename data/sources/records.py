@@ -6,6 +6,7 @@ A bad record contains its problem, and the caller decides what to do. A bad file
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -300,10 +301,13 @@ def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
                 yield line.decode("utf-8")
 
         csv.field_size_limit(limit)
-        rows = csv.reader(lines(), delimiter="\t" if part.kind == "tsv" else ",", strict=True)
+        # The mark that Windows editors put before the first name would make the quotes of that name part of it.
+        whole = lines()
+        first = [line.removeprefix("\ufeff") for line in itertools.islice(whole, 1)]
+        rows = csv.reader(itertools.chain(first, whole), delimiter="\t" if part.kind == "tsv" else ",", strict=True)
         number = -1
         try:
-            names = [name.removeprefix("\ufeff") for name in next(rows, [])]
+            names = next(rows, [])
             columns_of(place, source, names, part.file)
             for number, row in enumerate(rows):
                 if len(row) != len(names):

@@ -261,7 +261,7 @@ def load_tokenizer(path: Path, config: TokenizerConfig, *, known_fingerprint: st
 
 def _backend(path: Path, config: TokenizerConfig) -> Backend:
     try:
-        content = read_bounded(path, most_bytes=LARGEST_BYTES)
+        content = read_bounded(path, most_bytes=LARGEST_BYTES).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {printable(str(error.strerror or error))}. Set data.tokenizer.path to another file."

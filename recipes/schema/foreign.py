@@ -71,9 +71,10 @@ def read_bounded_text(path: Path, *, most_bytes: int = LARGEST_TEXT) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 bytes as text. ValueError names the first byte that is not UTF-8."""
+    """UTF-8 bytes as text, without the byte order mark that Windows editors write. ValueError names the first byte that is not
+    UTF-8."""
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start:,} is 0x{content[error.start]:02x})") from error
 

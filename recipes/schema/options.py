@@ -21,6 +21,7 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.messages import complain
 from recipes.schema.run_folder import how_to_import
 from recipes.schema.suggestions import did_you_mean
+from recipes.schema.terminal import fitted
 from recipes.schema.typed import FieldError, build, field_docs
 
 STRATUM = "stratum"
@@ -94,6 +95,11 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument("--resolve", action="store_true", help=hidden)
             self.add_argument("-p", "--package", help=hidden)
             self.add_argument("-m", "--multirun", action="store_true", help=hidden)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, fitted to the terminal."""
+        stream = sys.stdout if file is None else file
+        stream.write(fitted(self.format_help(), stream))
 
     def add_fields(self, cls: type) -> None:
         """An option for each field of a dataclass."""

@@ -198,7 +198,7 @@ def read_prompts(path: Path, *, is_chat: bool = False) -> list[Prompt]:
     """The prompts of a file, one per line. A line of a `.jsonl` file is a JSON string, or an object with the text `prompt`; of
     chats also an object with `messages`."""
     try:
-        lines = [line for line in path.read_text().split("\n") if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read the prompts in {path}: {error}. Name a text file with a prompt on each line."

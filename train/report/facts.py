@@ -305,6 +305,16 @@ def _continued(lines: Sequence[Line]) -> list[dict[str, Any]]:
     ]
 
 
+def _in_words(value: Any) -> str:
+    """Fields of an event for a reader: numbers with four digits, without quotes."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} ({_in_words(inner)})" if isinstance(inner, dict) else f"{key} {_in_words(inner)}"
+            for key, inner in value.items()
+        )
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _events(lines: Sequence[Line]) -> list[list[str]]:
     """(time, kind, step, text) of everything that happened besides steps, evaluations and phases; the newest last."""
     found = []
@@ -312,8 +322,8 @@ def _events(lines: Sequence[Line]) -> list[list[str]]:
         if line["kind"] in ("step", "evaluation", "phase", "machine") or line["kind"] in _TOLD_ELSEWHERE:
             continue
         time = as_number(line.get("time"))
-        rest = {key: value for key, value in line.items() if key not in ("kind", "time", "step")}
-        text = line["text"] if isinstance(line.get("text"), str) else ", ".join(f"{k} {v}" for k, v in rest.items())
+        rest = {key: value for key, value in line.items() if key not in ("kind", "time", "step", "at")}
+        text = line["text"] if isinstance(line.get("text"), str) else _in_words(rest)
         found.append(
             [
                 units.moment(time) if 0 < time < 1e11 else "",

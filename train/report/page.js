@@ -28,7 +28,7 @@ const svg = (tag, attributes, ...children) => {
   made.append(...children)
   return made
 }
-const table = (head, rows) => el("div", {class: "scroll"}, el("table", {},
+const table = (head, rows, kind = "") => el("div", {class: "scroll"}, el("table", {class: kind},
   ...(head.length ? [el("tr", {}, ...head.map(text => el("th", {}, text)))] : []),
   ...rows.map(row => el("tr", {}, ...row.map((cell, i) => el(i ? "td" : "th", {}, cell))))))
 
@@ -45,6 +45,7 @@ function onAxis(run, steps) {
     return v0 + (values[at] - v0) * (step - s0) / (known[at] - s0)
   })
 }
+const WHOLE = [...Array(13).keys()].flatMap(power => [1, 2, 5].map(n => n * 10 ** power))  // between marks of an axis of steps
 const AXES = {step: "step", tokens: "tokens", hours: "hours of training"}
 const short = value => value == null ? "" : Math.abs(value) >= 1e4
   ? Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 3}).format(value)
@@ -102,7 +103,7 @@ class Chart {
     this.plot = new uPlot({
       width: Math.max(240, this.body.clientWidth), height: 260, series, bands, tzDate: null,
       scales: {x: {time: false, ...(zoom ? {min: zoom[0], max: zoom[1]} : {})}, y},
-      axes: [{...line, values: (u, all) => all.map(short)}, {...line, size: 74, values: (u, all) => all.map(short)}],
+      axes: [{...line, values: (u, all) => all.map(short), ...(axis === "step" ? {incrs: WHOLE} : {})}, {...line, size: 74, values: (u, all) => all.map(short)}],
       cursor: {sync: {key: "report"}, drag: {x: true, y: false}},
       legend: {live: true},
       hooks: {setSelect: [u => this.select(u)]},
@@ -125,13 +126,15 @@ function setZoom(range) {
   charts.forEach(chart => chart.zoomTo())
 }
 
-const KINDS = ["training", "evaluating", "saving", "waiting for data", "waiting for copies", "starting", "loading"]
+const KINDS = ["evaluating", "saving", "writing samples", "scoring tasks", "waiting for data", "starting", "loading", "staging",
+  "waiting for copies", "going back"]
 const LOST = ["lost work", "detecting a failure", "queue or back-off", "stopped"]
 const kindColour = kind => {
   if (kind === "training") return css("--good")
   if (LOST.includes(kind)) return css("--bad") + ["99", "cc", "66", ""][LOST.indexOf(kind)]
-  if (kind === "other work") return css("--muted")
-  return colour([0, 1, 3, 4, 5, 6, 7][(KINDS.indexOf(kind) + 7) % 7])
+  if (!KINDS.includes(kind)) return css("--muted")
+  const at = KINDS.indexOf(kind)  // not green, which is training; a second round is paler
+  return colour([1, 3, 0, 4, 5, 6, 7][at % 7]) + (at < 7 ? "" : "77")
 }
 function timeline(run) {
   const {shares, marks, start, seconds} = run.timeline
@@ -230,7 +233,7 @@ function build() {
   add("Samples", each(run => [...continued(run), ...samples(run)]))
   add("Run", each(facts))
   add("Events", each(run => run.events.length ? [el("details", run.events.length < 12 ? {open: ""} : {},
-    el("summary", {}, `${run.events.length} events`), table(["time", "event", "step", ""], run.events))] : []))
+    el("summary", {}, `${run.events.length} events`), table(["time", "event", "step", ""], run.events, "events"))] : []))
   add("Recipe", each(run => [el("details", {}, el("summary", {}, "the whole recipe"), el("pre", {}, run.recipe))]))
 
   const choose = el("select", {id: "axis", "aria-label": "horizontal axis", onchange: () => {
@@ -240,7 +243,7 @@ function build() {
   }}, ...Object.entries(AXES).map(([value, text]) => el("option", {value}, text)))
   root.replaceChildren(
     el("header", {}, el("h1", {}, data.runs.map(run => run.name).join(" | ")),
-      el("span", {class: "muted"}, several ? "" : data.runs[0].state, ` written ${data.written}`)),
+      el("span", {class: "muted"}, several ? "" : `${data.runs[0].state}; `, `report written ${data.written}`)),
     ...data.runs.flatMap((run, i) => [
       ...(several ? [el("h3", {}, el("span", {class: "swatch", style: {background: colour(i)}}), `${run.name}: ${run.state}`)] : []),
       el("div", {class: "tiles"}, ...Object.entries(run.tiles).map(([name, value]) =>
