@@ -139,18 +139,20 @@ def inject(rank: int, rounds: int, seed: int, folder: Path) -> dict[str, Counter
 
 def _plant(place: str, engine: Any, trial: Trial, draw: random.Random) -> _Once | None:
     modules = [chunk.module for chunk in engine.chunks]
+    state, replay = trial.watch._state, trial.watch._replay
+    assert state is not None and replay is not None
     if place in ("activation", "gradient"):
         layers = [layer for module in modules for layer in module.decoder.layers]
         # replays of own rows (and of lent ones) come before the step itself
-        passes = 1 + len(trial.watch._replay.neighbours())
+        passes = 1 + len(replay.neighbours())
         return _Once(draw.choice(layers), draw, at=passes, is_gradient=place == "gradient")
     match place:
         case "weight":
             tensors = [p for module in modules for p in module.parameters()]
         case "master or moment":
-            tensors = [one.tensor for one in trial.watch._state._own if not one.name.startswith("weight")]
+            tensors = [one.tensor for one in state._own if not one.name.startswith("weight")]
         case "buffer":
-            tensors = [one.tensor for one in trial.watch._state._buffers]
+            tensors = [one.tensor for one in state._buffers]
         case _:
             return None
     tensor = draw.choice([one for one in tensors if one.numel() and one.dtype in BITS])
