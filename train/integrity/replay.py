@@ -34,6 +34,7 @@ from train.checkpoint.random_state import random_state_kept
 from train.engine import Engine, run_schedule
 from train.integrity.collectives import CollectiveWatch, Trace
 from train.integrity.findings import Finding, host_name, odd_ones
+from train.model.experts import loads_of, set_loads
 from train.native.gemm import multiply
 from train.objective.step_counts import count_step
 
@@ -352,15 +353,17 @@ def _losses_into(engine: Engine, losses: list[torch.Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(engine: Engine) -> Iterator[None]:
-    """Restore the modules' buffers, such as amax histories, at the end of the block."""
+    """Restore the modules' buffers, such as amax histories, and the counts of experts at the end of the block."""
     buffers = [buffer for chunk in engine.chunks for buffer in chunk.module.buffers()]
     copies = [buffer.detach().clone() for buffer in buffers]
+    loads = loads_of(engine.chunks)
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, copy in zip(buffers, copies, strict=True):
                 buffer.copy_(copy)
+        set_loads(engine.chunks, loads)
 
 
 def _rows_digest(microbatches: list[Any]) -> str:

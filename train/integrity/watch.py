@@ -24,6 +24,7 @@ from train.integrity.collectives import CollectiveWatch
 from train.integrity.findings import Finding, host_name, write_suspects
 from train.integrity.replay import Rows, StepReplay, is_sampled
 from train.integrity.state import StateWatch
+from train.model.experts import Load, loads_of, set_loads
 from train.native.product_check import checks_of
 from train.record.telemetry import Telemetry
 from train.step import StepResult
@@ -39,6 +40,7 @@ class _Before:
 
     random: dict[str, torch.Tensor]
     buffers: list[torch.Tensor]
+    loads: list[Load]
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class Integrity:
         """Run `train(before_update, after_reduction)`, the step counted from 1, with the checks around it. CorruptionError on
         every rank."""
         mesh = self._engine.mesh
-        before = _Before(random_states(mesh), [buffer.detach().clone() for buffer in self._buffers])
+        before = _Before(
+            random_states(mesh), [buffer.detach().clone() for buffer in self._buffers], loads_of(self._engine.chunks)
+        )
         self._accused.clear()
         for _ in range(_MOST_REPEATS):
             try:
@@ -128,6 +132,7 @@ class Integrity:
         with torch.no_grad():
             for buffer, copy in zip(self._buffers, before.buffers, strict=True):
                 buffer.copy_(copy)
+        set_loads(self._engine.chunks, before.loads)
         for check in self._products:
             check.take()
         self._collectives.forget()

@@ -121,6 +121,20 @@ def expert_loads(chunks: Sequence[Any], mesh: Mesh) -> list[LoadReading]:
     return readings
 
 
+def loads_of(chunks: Sequence[Any]) -> list[Load]:
+    """Copies of what this rank's routers have counted since the last reading, for `set_loads`."""
+    return [
+        Load(layer.load.per_expert.clone(), layer.load.tokens, float(layer.router.entropy)) for layer in _layers(chunks)
+    ]
+
+
+def set_loads(chunks: Sequence[Any], loads: list[Load]) -> None:
+    """Go back to these counts: what was computed since is computed again, or was not training."""
+    for layer, load in zip(_layers(chunks), loads, strict=True):
+        layer.load = Load(load.per_expert.clone(), load.tokens)
+        layer.router.entropy = load.entropy
+
+
 def start_counting(chunks: Sequence[Any]) -> None:
     """Begin a step: forget the rows that earlier steps sent to experts."""
     for layer in _layers(chunks):

@@ -24,6 +24,7 @@ from train.engine import Engine
 from train.integrity.findings import odd_ones
 from train.integrity.replay import replicas_have_all_experts
 from train.integrity.watch import Integrity
+from train.model.experts import _layers
 from train.record.stopwatch import Stopwatch
 from train.step import StepResult, train_step
 
@@ -207,6 +208,33 @@ def split_experts(rank: int, folder: Path) -> list[dict[str, Any]]:
 
 def test_experts_split_over_data_parallel_ranks_are_no_false_alarm(tmp_path: Path) -> None:
     assert run_ranks(2, split_experts, tmp_path) == [[], []]
+
+
+def loads_after(rank: int, folder: Path) -> list[tuple[int, list[int], float]]:
+    """What the routers counted in three steps: plain, then replayed and one of them repeated."""
+    found = []
+    recipe = recipe_with(**SMALL | MIXTURE | {"run.global_rows": 1, "run.microbatch_rows": 1})
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        for config in (IntegrityConfig(), ON):
+            with state_kept(engine):
+                trial = Trial(engine, recipe, folder, config)
+                buffers = [(b, b.clone()) for chunk in engine.chunks for b in chunk.module.buffers()]
+                fault = ActivationFault(engine.chunks[0].module.decoder.layers[0], at=(3,)) if config.enabled else None
+                for _ in range(3):
+                    trial.take()
+                if fault is not None:
+                    fault.remove()
+                assert bool(trial.events) == config.enabled
+                loads = [load for layer in _layers(engine.chunks) for load, _ in [layer.take_load()]]
+                found += [(load.tokens, load.per_expert.tolist(), load.entropy) for load in loads]
+                for buffer, copy in buffers:
+                    buffer.copy_(copy)
+    return found
+
+
+def test_replayed_and_repeated_steps_count_the_load_of_experts_once(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, loads_after, tmp_path)
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
 
 
 def test_odd_ones_needs_a_majority() -> None:
