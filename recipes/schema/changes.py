@@ -218,7 +218,7 @@ def _effective(model: dict[str, Any]) -> dict[str, Any]:
 
 _BALANCE = ("bias_rate", "aux_loss", "aux_coefficient")
 """Fields of experts that matter in training only."""
-_ATTENTION = ["heads", "kv_heads", "head_dim", "query_scale", "attention_softcap", "position"]
+_ATTENTION = ["heads", "kv_heads", "head_dim", "qk_norm", "query_scale", "attention_softcap", "position"]
 
 
 def _meaning(kind: Kind) -> str:

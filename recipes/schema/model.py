@@ -49,6 +49,9 @@ class ModelConfig:
     """Width of one attention head; heads x head_dim need not equal `hidden` (Nemotron Nano 9B-v2: 40 x 128 on 4,480)."""
     query_scale: PositiveFloat | None = None
     """Attention scores are divided by the square root of this; null: `head_dim`. Gemma 2 27B: 144 (hidden / heads)."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys by an RMSNorm with weights of their own, before rotary positions (arXiv 2302.05442,
+    section 2; Megatron: `qk_layernorm`). Scores stay small. Not in any Hugging Face class that we export to."""
     window_tokens: PositiveInt = 4096
     """Tokens a `w` layer sees: the query's own and those before it. Gemma 2 (arXiv 2408.00118): 4,096."""
     attention_softcap: SoftCap | None = None

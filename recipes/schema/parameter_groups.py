@@ -12,7 +12,7 @@ from recipes.schema.errors import Problem
 from recipes.schema.lora import adapter_prefixes
 from recipes.schema.model import ModelConfig
 from recipes.schema.optim import ParameterGroupConfig
-from recipes.schema.pattern import layer_kinds, mtp_kinds
+from recipes.schema.pattern import ATTENTION, layer_kinds, mtp_kinds
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -53,6 +53,8 @@ def _layer_names(model: ModelConfig, kinds: Sequence[str], prefix: str) -> list[
         names = list(_LAYERS[kind])
         if kind == "E":
             names += [*(_SHARED if model.experts.shared_ffn else ()), *(_LATENT if model.experts.latent else ())]
+        if model.qk_norm and kind in ATTENTION:
+            names += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
         names += ["post_norm.weight"] * model.post_norms
         found += [f"{prefix}.{index}.{name}" for name in names]
     return found

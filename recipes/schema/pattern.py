@@ -235,7 +235,7 @@ def mamba_layer_parameters(model: ModelConfig) -> int:
 
 def attention_layer_parameters(model: ModelConfig) -> int:
     """One attention layer with its norms. There are no biases."""
-    return layer_matmul_weights("*", model) + layer_norms(model)
+    return layer_matmul_weights("*", model) + _norm_weights("*", model)
 
 
 def mlp_layer_parameters(model: ModelConfig) -> int:
@@ -314,8 +314,9 @@ def mtp_projection_weights(model: ModelConfig) -> int:
 
 
 def _norm_weights(kind: LayerKind, model: ModelConfig) -> int:
-    """Weights of all norms of a layer; a Mamba-2 layer also has a gated one."""
-    return layer_norms(model) + (model.mamba_heads * model.mamba_head_dim if kind == "M" else 0)
+    """Weights of all norms of a layer; a Mamba-2 layer also has a gated one, attention may have those of queries and keys."""
+    inside = model.mamba_heads * model.mamba_head_dim if kind == "M" else 0
+    return layer_norms(model) + (2 * model.head_dim if model.qk_norm and kind in ATTENTION else inside)
 
 
 def weights_of(model: ModelConfig) -> dict[str, object]:
@@ -323,7 +324,7 @@ def weights_of(model: ModelConfig) -> dict[str, object]:
     kinds = kinds_of(model)
     names = ["hidden", "vocab", "head", "post_norms"]
     names += ["tie_embeddings"] * (model.head == "vocabulary")
-    names += ["heads", "kv_heads", "head_dim"] * bool(kinds & set(ATTENTION))
+    names += ["heads", "kv_heads", "head_dim", "qk_norm"] * bool(kinds & set(ATTENTION))
     names += ["mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "mamba_conv"] * ("M" in kinds)
     found = {f"model.{name}": getattr(model, name) for name in names}
     found["model.pattern"] = _without_windows(layer_kinds(model.pattern))

@@ -45,6 +45,8 @@ def parent_of(config: CompressConfig) -> Parent:
     place = f"compress.parent={parent.path}"
     refuse(language_model_problems(parent.recipe.model, place=place, key="compress.parent"))
     refuse(dense_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
+    if parent.recipe.model.qk_norm:
+        raise RecipeError(f"{place} has norms of queries and keys (model.qk_norm), which pruning does not support.")
     refuse(folded_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     refuse(without_mtp_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     return parent

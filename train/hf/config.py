@@ -342,7 +342,7 @@ def _head_of(config: dict[str, Any], problems: list[str]) -> str:
 def _not_nemotron(model: ModelConfig) -> list[str]:
     wanted = {
         "position": "none", "attention_softcap": None, "logit_softcap": None, "norm_offset": 0, "post_norms": False,
-        "scale_embedding": False, "head": "vocabulary",
+        "scale_embedding": False, "head": "vocabulary", "qk_norm": False,
     }  # fmt: skip
     problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
     if "w" in kinds_of(model):
@@ -375,6 +375,7 @@ def _not_their_experts(experts: ExpertsConfig) -> list[str]:
 def _not_gemma(model: ModelConfig) -> list[str]:
     wanted = {
         "position": "rope", "activation": "geglu", "norm_offset": 1, "post_norms": True, "scale_embedding": True,
+        "qk_norm": False,
     }  # fmt: skip
     wanted |= {"tie_embeddings": True} if model.head == "vocabulary" else {}
     problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]

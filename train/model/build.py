@@ -238,6 +238,7 @@ def transformer_config(
         mamba_num_groups=model.mamba_groups,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
         layernorm_zero_centered_gamma=model.norm_offset == 1,
         softmax_scale=score_factor(model) / math.sqrt(model.query_scale or model.head_dim),
         **window_options(model, kinds),
@@ -318,6 +319,9 @@ def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool
                     linear_qkv=column,
                     core_attention=_attention_core(model, backend, reset_at_documents=reset_at_documents),
                     linear_proj=row,
+                    # Megatron finds them by these names when it sums gradients over tensor ranks.
+                    q_layernorm=backend.norm() if model.qk_norm else None,
+                    k_layernorm=backend.norm() if model.qk_norm else None,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -192,6 +192,8 @@ def _attention_bytes(shape: Shape, *, copy: int, is_low: bool) -> float:
     query, keys = heads * m.head_dim, m.kv_heads / shape.tensor * m.head_dim
     has_rope = m.position == "rope"
     kept = 4 * heads * tokens  # log-sum-exp of each row of scores, fp32
+    if m.qk_norm:  # inputs of both norms, and the inverse root mean square of each head in fp32
+        kept += tokens * (query + keys) * (e + 4 / m.head_dim)
     if shape.modules == "te":
         # Projection (its values are used without a copy), queries and keys (copied by RoPE), output.
         kept += tokens * e * (query + 2 * keys + (query + keys if has_rope else query) + query)

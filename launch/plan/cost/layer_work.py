@@ -149,6 +149,9 @@ def layer_work(
             rotated = (query + keys) if model.position == "rope" else 0.0
             forward += 2.0 * tokens * (2 * query + 2 * rotated)  # copying queries out of the projection; rotation
             backward += 2.0 * tokens * (2 * query + 2 * rotated)
+            if model.qk_norm:  # reads one and writes one; backward reads two and writes one
+                forward += 2.0 * tokens * 2 * (query + keys)
+                backward += 2.0 * tokens * 3 * (query + keys)
             ring = 2.0 * tokens * 2 * keys
         case "M":
             inner_width = model.mamba_heads * model.mamba_head_dim / tensor

@@ -143,7 +143,7 @@ def layer_tensors(
             router = Tensor(model.experts.count * model.hidden, is_matrix=True)
             return [norm, router, *latent, *routed, *shared, *after]
         case _:
-            return [norm, out, into, *after]
+            return [norm, out, into, *[Tensor(model.head_dim)] * (2 * model.qk_norm), *after]
 
 
 def adapter_tensors(model: ModelConfig, kind: LayerKind, names: tuple[str, ...], *, tensor: int) -> list[Tensor]:

@@ -107,6 +107,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel.expert_tensor": 2,
         },
     ),
+    "qk norm, rope": (1, {"model.pattern": "*-*-", "model.qk_norm": True, "model.position": "rope"}),
+    "qk norm, tp2 sp bf16": (
+        2,
+        {
+            "model.pattern": "*-*-",
+            "model.qk_norm": True,
+            "parallel.tensor": 2,
+            "parallel.sequence": True,
+            "precision.params": "bf16",
+        },
+    ),
     "adapters": (1, {"model.lora": LoraConfig(rank=4)}),
     "adapters dp2 pp2 bf16": (
         4,
