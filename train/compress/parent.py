@@ -8,6 +8,7 @@ from typing import Any
 
 from data.stream import Dataset
 from recipes.schema.compress import CompressConfig
+from recipes.schema.encoder_rules import without_encoders_problems
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.expert_rules import dense_problems
 from recipes.schema.objective_rules import language_model_problems, without_mtp_problems
@@ -44,6 +45,7 @@ def parent_of(config: CompressConfig) -> Parent:
     place = f"compress.parent={parent.path}"
     refuse(language_model_problems(parent.recipe.model, place=place, key="compress.parent"))
     refuse(dense_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
+    refuse(without_encoders_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     refuse(without_mtp_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     return parent
 

@@ -23,7 +23,8 @@ from data.system.new_folder import new_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
-from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
+from recipes.schema.encoder_rules import without_encoders_problems
+from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.foreign import printable_lines
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import STRATUM
@@ -70,6 +71,7 @@ def export_model(parsed: argparse.Namespace) -> int:
         hub.check_push(parsed.push)
     path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
+    refuse(without_encoders_problems(recipe.model, place=str(path), what="export", key="checkpoint"))
     family_of(recipe.model)
     carried = published.published_of(path, manifest)
     if carried is None and published.import_of(manifest.lineage) is not None:
