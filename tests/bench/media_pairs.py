@@ -1,4 +1,4 @@
-"""Writes the records of `tests/bench/recipes/tiny_multimodal.yaml`: pictures with their names, and digits spoken by synthetic voices.
+"""Writes the records of `tests/bench/recipes/tiny_multimodal.yaml`: pictures with their names, and digits spoken by espeak-ng.
 
     python tests/bench/media_pairs.py --emoji FOLDER --espeak COMMAND --out runs/media
 
