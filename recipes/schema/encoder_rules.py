@@ -16,14 +16,18 @@ def encoder_problems(recipe: Recipe) -> list[Problem]:
             f"data.sources.{name} has media, and the model has no encoders: it would learn from placeholders instead of images "
             f"and audio."
         )
-        remedy = "Set model.vision.layers and model.audio.layers (docs/multimodal.md), or take the source out of data.sources."
+        remedy = (
+            "Set model.vision.layers=2 for images, model.audio.layers=2 for audio (docs/multimodal.md), or take the source out "
+            "of data.sources."
+        )
         found.append(Problem(f"data.sources.{name}.kind", text, remedy))
     if not model.has_encoders:
         return found
-    if not data.media_sources:
-        text = f"{_names(model)} would never be trained: no source of data.sources has kind: media."
-        remedy = "Add a source of images or audio, or set model.vision.layers=0 and model.audio.layers=0."
-        found.append(Problem("model.vision.layers", text, remedy))
+    for name in ("vision", "audio"):
+        if (layers := getattr(model, name).layers) and not data.media_sources:
+            text = f"model.{name}.layers={layers} would never be trained: no source of data.sources has kind: media."
+            remedy = f"Set model.{name}.layers=0, or add a source of images or audio."
+            found.append(Problem(f"model.{name}.layers", text, remedy))
     pairs = [("vision.patch", model.vision.patch, "patch", data.media.patch)] if model.vision.layers else []
     if model.audio.layers:
         pairs.append(("audio.mels", model.audio.mels, "mels", data.media.mels))

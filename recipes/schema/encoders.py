@@ -6,6 +6,7 @@
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -62,10 +63,7 @@ class EncoderWeight:
     @property
     def numel(self) -> int:
         """Elements of the whole parameter."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 def encoder_weights(vision: VisionConfig, audio: AudioConfig, hidden: int) -> dict[str, EncoderWeight]:
@@ -126,7 +124,9 @@ def encoder_shape_problems(vision: VisionConfig, audio: AudioConfig, *, hidden: 
         sizes = {f"{key}.heads": encoder.heads, f"{key}.ffn": encoder.ffn, "model.hidden": hidden}
         if wrong := [f"{size}={value}" for size, value in sizes.items() if value % tensor]:
             text = f"parallel.tensor={tensor} does not divide {', '.join(wrong)}."
-            found.append(Problem("parallel.tensor", text, "Use a degree that divides all of them, or change them."))
+            fit = math.gcd(*sizes.values())
+            choices = [str(degree) for degree in range(1, fit + 1) if fit % degree == 0]
+            found.append(Problem("parallel.tensor", text, f"Use {', '.join(choices)}, or change the sizes."))
     if audio.layers and audio.stride % 2:
         text = f"model.audio.stride={audio.stride} is odd, and the convolutions of the encoder halve the frames."
         found.append(Problem("model.audio.stride", text, "Use an even number here and in data.media.audio_stride."))

@@ -221,7 +221,7 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters that predict a token of text: with embedding and head, without further depths and encoders."""
+        """Parameters that take part in predicting a token of text: not further depths, not encoders."""
         return self.total - self.idle - self.mtp - self.encoders
 
 

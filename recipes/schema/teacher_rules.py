@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes.schema.encoder_rules import without_encoders_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.expert_rules import dense_problems
 from recipes.schema.facts import CacheRequest, Named
@@ -142,6 +143,9 @@ def teacher_problems(
         return [Problem("objective.teacher", teacher.recipe_error)]
     objective, model, path = recipe.objective, teacher.recipe.model, teacher.path
     found = language_model_problems(model, place=f"the teacher in {path}", key="objective.teacher")
+    found += without_encoders_problems(
+        model, place=f"the teacher in {path}", what="objective.kind=distill", key="objective.teacher"
+    )
     found += dense_problems(
         model, place=f"the teacher in {path}", what="objective.kind=distill", key="objective.teacher"
     )

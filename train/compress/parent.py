@@ -8,6 +8,7 @@ from typing import Any
 
 from data.stream import Dataset
 from recipes.schema.compress import CompressConfig
+from recipes.schema.encoder_rules import without_encoders_problems
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.expert_rules import dense_problems
 from recipes.schema.lora_rules import folded_problems
@@ -48,6 +49,7 @@ def parent_of(config: CompressConfig) -> Parent:
     if parent.recipe.model.qk_norm:
         raise RecipeError(f"{place} has norms of queries and keys (model.qk_norm), which pruning does not support.")
     refuse(folded_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
+    refuse(without_encoders_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     refuse(without_mtp_problems(parent.recipe.model, place=place, what="pruning", key="compress.parent"))
     return parent
 

@@ -23,6 +23,7 @@ from data.system.new_folder import new_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
+from recipes.schema.encoder_rules import without_encoders_problems
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.foreign import printable_lines
 from recipes.schema.lora import SUFFIX
@@ -73,6 +74,7 @@ def export_model(parsed: argparse.Namespace) -> int:
         hub.check_push(parsed.push)
     path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
+    refuse(without_encoders_problems(recipe.model, place=str(path), what="export", key="checkpoint"))
     family_of(recipe.model)
     if parsed.adapter:
         return _export_adapter(parsed.out, StoredTensors(path), recipe)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from recipes.schema.encoder_rules import without_encoders_problems
 from recipes.schema.errors import BackendError, RecipeError, refuse
 from recipes.schema.expert_rules import dense_problems
 from recipes.schema.objective_rules import language_model_problems, without_mtp_problems
@@ -97,6 +98,7 @@ def open_quantizer(parsed: argparse.Namespace, recipe: Recipe, checkpoint: Path)
         return None
     refuse(language_model_problems(recipe.model, place=f"--quantize {parsed.quantize}: {checkpoint}", key="--quantize"))
     refuse(dense_problems(recipe.model, place=str(checkpoint), what=f"--quantize {parsed.quantize}", key="--quantize"))
+    refuse(without_encoders_problems(recipe.model, place=str(checkpoint), what="--quantize", key="--quantize"))
     refuse(without_mtp_problems(recipe.model, place=str(checkpoint), what="--quantize", key="--quantize"))
     form, family = weight_format(parsed.quantize), family_of(recipe.model)
     if not parsed.no_check and importlib.util.find_spec("compressed_tensors") is None:
