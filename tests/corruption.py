@@ -180,7 +180,8 @@ class FaultyTransit:
 
         @contextmanager
         def coalescing(*arguments: Any, async_ops: bool = False, **named: Any) -> Iterator[Any]:
-            self._waiting = waiting = []
+            waiting: list[Callable[[], object]] = []
+            self._waiting = waiting
             with plain_coalescing(*arguments, async_ops=async_ops, **named) as manager:
                 yield manager
             self._waiting = None
@@ -191,7 +192,12 @@ class FaultyTransit:
 
             if async_ops:
                 wait = manager.wait
-                manager.wait = lambda: (wait(), finish())
+
+                def wait_and_finish() -> None:
+                    wait()
+                    finish()
+
+                manager.wait = wait_and_finish
             else:
                 finish()
 

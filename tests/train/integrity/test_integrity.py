@@ -41,7 +41,7 @@ class Trial:
     def __init__(self, engine: Engine, recipe: Any, folder: Path, config: IntegrityConfig = ON) -> None:
         self.engine, self.recipe, self.folder, self.step = engine, recipe, folder, 0
         self.events: list[dict[str, Any]] = []
-        telemetry = SimpleNamespace(event=lambda kind, **fields: self.events.append({"kind": kind, **fields}))
+        telemetry: Any = SimpleNamespace(event=lambda kind, **fields: self.events.append({"kind": kind, **fields}))
         self.watch = Integrity(
             config, engine, telemetry=telemetry, folder=folder, seed=1, rows=self.rows,
             compares_ranks=replicas_have_all_experts(engine.mesh.layout),
@@ -111,7 +111,11 @@ def find_all(
             trial.take()  # a clean step in between raises no alarm and is remembered
 
         def touch(tensor: torch.Tensor, element: int, bit: int) -> Callable[[list[Any]], list[Any]]:
-            return lambda rows: (flip(tensor, element=element, bit=bit), rows)[1]
+            def touched(rows: list[Any]) -> list[Any]:
+                flip(tensor, element=element, bit=bit)
+                return rows
+
+            return touched
 
         for part in (
             (0.5,) if few else (0.0, 0.5, 1.0)
@@ -119,6 +123,7 @@ def find_all(
             weight = weights[int(part * (len(weights) - 1))]
             planted(f"weight {part}", touch(weight, 0, 0))
             planted(f"weight end {part}", touch(weight, weight.numel() - 1, 9))
+        assert trial.watch._state is not None and trial.watch._replay is not None
         own = [one for one in trial.watch._state._own if one.tensor.numel()]  # another list on each rank
         for index in (2,) if few else range(4):
             one = own[index * len(own) // 4]
