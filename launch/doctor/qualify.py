@@ -26,7 +26,7 @@ from launch.doctor.machine import Machine
 from launch.doctor.pieces import Options, Piece, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from launch.doctor.qualify_report import Reporter
@@ -166,26 +166,35 @@ def shown(command: Sequence[str]) -> str:
 def run(pieces: Sequence[Piece], options: Options, report: Reporter) -> list[Result]:
     """Run pieces in their order. Ctrl-C or SIGTERM ends the piece that runs and the schedule; what is done is reported."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    # Pieces are in sessions of their own: without this, a job that is stopped would leave the running one behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ends = time.monotonic() + 60 * options.budget_minutes
     results = [Result(piece.name, piece.about, shown(piece.command)) for piece in pieces]
-    for piece, result in zip(pieces, results, strict=True):
-        left = ends - time.monotonic()
-        if piece.needs:
-            result.state, result.reason = "left out", f"needs {piece.needs}"
-        elif left < 60 * piece.limit_minutes * LEAST_SHARE:
-            result.reason = f"{max(left, 0):.0f} s of the budget were left"
-        else:
-            report.begin(result)
-            try:
-                _run_piece(piece, result, options, seconds=min(left, 60 * piece.limit_minutes))
-            except KeyboardInterrupt:
-                result.state, result.reason = "failed", "interrupted; the schedule ends here"
-                report.write(results)
-                break
-        report.write(results)
+    with _sigterm_as_interrupt():
+        for piece, result in zip(pieces, results, strict=True):
+            left = ends - time.monotonic()
+            if piece.needs:
+                result.state, result.reason = "left out", f"needs {piece.needs}"
+            elif left < 60 * piece.limit_minutes * LEAST_SHARE:
+                result.reason = f"{max(left, 0):.0f} s of the budget were left"
+            else:
+                report.begin(result)
+                try:
+                    _run_piece(piece, result, options, seconds=min(left, 60 * piece.limit_minutes))
+                except KeyboardInterrupt:
+                    result.state, result.reason = "failed", "interrupted; the schedule ends here"
+                    report.write(results)
+                    break
+            report.write(results)
     return results
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Pieces are in sessions of their own: without this, a schedule that is stopped would leave the running one behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_piece(piece: Piece, result: Result, options: Options, *, seconds: float) -> None:

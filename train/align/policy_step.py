@@ -14,7 +14,7 @@ import torch
 from recipes.schema.align import GrpoConfig
 from train.align.log_prob_gap import GapCheck
 from train.align.losses.policy import Answers, policy_loss
-from train.objective.next_token import local_rows
+from train.objective.next_token import Rows, local_rows
 from train.parallel.mesh import Mesh
 
 PARTS = ("kl", "clipped_low", "clipped_high", "capped")
@@ -54,6 +54,8 @@ class PolicyRows:
     """Gets the log p that this update computes; None if they have been checked before."""
     learned: None = None
     """As in a `Batch`; always None, because `mask` says what counts."""
+    media: None = None
+    """As in a `Batch`; prompts have none."""
 
 
 def policy_step(config: GrpoConfig, *, mesh: Mesh) -> Callable[..., Any]:
@@ -94,7 +96,7 @@ def finish_check(microbatches: list[PolicyRows]) -> None:
         check.finish()
 
 
-def token_losses(model: Any, batch: Any, *, mesh: Mesh, temperature: float = 1.0) -> torch.Tensor:
+def token_losses(model: Any, batch: Rows, *, mesh: Mesh, temperature: float = 1.0) -> torch.Tensor:
     """-log p of every label at a temperature, [rows, row_tokens]: the forward pass of training, with the arithmetic of
     generation (`RowContext.is_stepwise`). model: wrapped or not.
 

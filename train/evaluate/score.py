@@ -81,6 +81,8 @@ class PackedRows:
     """[rows, length] int64: number of the request over all rows; undefined where the label is -1."""
     learned: None = None
     """As in a `Batch`; always None, because `labels` say which tokens are scored."""
+    media: None = None
+    """As in a `Batch`; requests are text."""
 
 
 def forward_of_engine(engine: Engine) -> Forward:

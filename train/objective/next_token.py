@@ -10,13 +10,29 @@ with the logits that the softmax sees, after a soft cap. Reported are the cross-
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from data.batch import MediaBatch
 from train.model.attention import zigzag_positions
 from train.model.context import RowContext
 from train.parallel.mesh import Mesh
+
+
+class Rows(Protocol):
+    """What the model reads of a microbatch: of a `data.batch.Batch`, or of rows made for scoring or sampling. Fields as there."""
+
+    @property
+    def tokens(self) -> torch.Tensor: ...
+    @property
+    def labels(self) -> torch.Tensor: ...
+    @property
+    def document_index(self) -> torch.Tensor | None: ...
+    @property
+    def learned(self) -> torch.Tensor | None: ...
+    @property
+    def media(self) -> MediaBatch | None: ...
 
 
 @dataclass(frozen=True)
@@ -31,8 +47,8 @@ class LocalRows:
     context: RowContext | None
 
 
-def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows:
-    """Select this context rank's part of a `data.batch.Batch` and move it to the device."""
+def local_rows(batch: Rows, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows:
+    """Select this context rank's part of a microbatch and move it to the device."""
     tokens = batch.tokens.to(mesh.device, non_blocking=True)
     labels = batch.labels.to(mesh.device, non_blocking=True)
     groups = mesh.groups.cp
@@ -45,7 +61,10 @@ def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows
         learned = None if learned is None else learned[:, where]
     context = None
     if reset_at_documents or batch.media is not None:
-        documents = batch.document_index.to(mesh.device, non_blocking=True) if reset_at_documents else None
+        documents = None
+        if reset_at_documents:
+            assert batch.document_index is not None, "rows without document_index cannot keep documents apart"
+            documents = batch.document_index.to(mesh.device, non_blocking=True)
         context = RowContext(documents=documents, media=batch.media)
     return LocalRows(tokens, labels, positions=where.expand_as(tokens), learned=learned, context=context)
 
