@@ -94,6 +94,14 @@ def test_a_drop_is_ten_percent_and_a_ratio_that_is_gone_counts() -> None:
     assert quick.below({"a": 1.79, "b": 0.91}, baselines) == ["a", "c"]
 
 
+def test_stored_ratios_replace_those_of_their_measure(tmp_path: Path) -> None:
+    path = tmp_path / "baselines.json"
+    path.write_text(json.dumps({quick.machine_kind(): {"experts: renamed": 1.0, "rows: plain": 2.0}}))
+    with mock.patch.object(quick, "ratios_of", return_value={"experts: new": 3.0}):
+        quick.store(["experts"], path)
+    assert json.loads(path.read_text()) == {quick.machine_kind(): {"experts: new": 3.0, "rows: plain": 2.0}}
+
+
 def test_a_save_that_fails_in_a_benchmark_shows_its_error(tmp_path: Path) -> None:
     words = f"tests.bench.checkpoint --hidden 64 --rounds 0 --folder {tmp_path}".split()
     with mock.patch.object(saving, "write_verified", side_effect=OSError(28, "No space left on device")):

@@ -301,12 +301,12 @@ def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
                 yield line.decode("utf-8")
 
         csv.field_size_limit(limit)
-        # The mark that Windows editors put before the first name would make the quotes of that name part of it.
-        whole = lines()
-        first = [line.removeprefix("\ufeff") for line in itertools.islice(whole, 1)]
-        rows = csv.reader(itertools.chain(first, whole), delimiter="\t" if part.kind == "tsv" else ",", strict=True)
         number = -1
         try:
+            # The mark that Windows editors put before the first name would make the quotes of that name part of it.
+            whole = lines()
+            first = [line.removeprefix("\ufeff") for line in itertools.islice(whole, 1)]
+            rows = csv.reader(itertools.chain(first, whole), delimiter="\t" if part.kind == "tsv" else ",", strict=True)
             names = next(rows, [])
             columns_of(place, source, names, part.file)
             for number, row in enumerate(rows):

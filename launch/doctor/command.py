@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.system.node import node_name
 from launch.doctor.deep import deep
 from launch.doctor.gpu import ON_GPU, cuda, fabric, gpus
 from launch.doctor.machine import ELSEWHERE, SETUP, Finding, Machine, package, pins, project_file
@@ -34,11 +35,6 @@ _INTERFACE = (
     "for gloo on several nodes, torchrun needs GLOO_SOCKET_IFNAME=NAME (`ip -brief address`); `launch slurm` sets it"
 )
 FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
-
-
-def node_name() -> str:
-    """Slurm's name of this node, or the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,7 +103,8 @@ def _qualify(own: argparse.Namespace) -> int:
         return 0
     if not options.gpus and not options.rehearse:
         sys.stderr.write(
-            "error: nvidia-smi lists no GPU. Run `stratum doctor`, or add --rehearse for a CPU rehearsal.\n"
+            "error: no GPU can be used (nvidia-smi, CUDA_VISIBLE_DEVICES). Run `stratum doctor`, or add --rehearse for a CPU "
+            "rehearsal.\n"
         )
         return 1
     results = qualify.run(qualify.schedule(options), options, Reporter(options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,15 @@ _GPU_FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
     "mig.mode.current",
 )
+
+
+def visible_gpus(machine: Machine) -> int:
+    """Number of GPUs that a process started here can use: the driver's, or those that CUDA_VISIBLE_DEVICES leaves of them."""
+    listed = len((machine.run("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return listed
+    return min(listed, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
 
 
 def gpus(machine: Machine) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launch.children import checkout, python_module, stratum
+from launch.doctor.gpu import visible_gpus
 from launch.doctor.machine import Machine
 from launch.doctor.pieces import Options, Piece, Result
 
@@ -42,10 +43,9 @@ _TAIL_LINES = 25
 def options_of(folder: Path, *, budget_minutes: float, rehearse: bool) -> Options:
     """The options with the facts about this machine that the schedule depends on."""
     machine = Machine()
-    listed = machine.run("nvidia-smi", "--list-gpus") or ""
     have = machine.packages()
     missing = tuple(name for name in ("transformer-engine", "mamba-ssm") if name not in have)
-    return Options(folder, budget_minutes, rehearse, gpus=len(listed.splitlines()), missing=missing)
+    return Options(folder, budget_minutes, rehearse, gpus=visible_gpus(machine), missing=missing)
 
 
 def schedule(options: Options) -> list[Piece]:
@@ -164,11 +164,12 @@ def shown(command: Sequence[str]) -> str:
 
 
 def run(pieces: Sequence[Piece], options: Options, report: Reporter) -> list[Result]:
-    """Run pieces in their order. Ctrl-C or SIGTERM ends the piece that runs and the schedule; what is done is reported."""
+    """Run pieces in their order. Ctrl-C, SIGTERM or a closed terminal (SIGHUP) ends the piece that runs and the schedule; what
+    is done is reported."""
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.budget_minutes
     results = [Result(piece.name, piece.about, shown(piece.command)) for piece in pieces]
-    with _sigterm_as_interrupt():
+    with _stops_as_interrupts():
         for piece, result in zip(pieces, results, strict=True):
             left = ends - time.monotonic()
             if piece.needs:
@@ -188,13 +189,17 @@ def run(pieces: Sequence[Piece], options: Options, report: Reporter) -> list[Res
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def _stops_as_interrupts() -> Iterator[None]:
     """Pieces are in sessions of their own: without this, a schedule that is stopped would leave the running one behind."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_piece(piece: Piece, result: Result, options: Options, *, seconds: float) -> None:

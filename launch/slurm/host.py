@@ -92,7 +92,7 @@ def hint(host: Host, words: str) -> str:
 def remote_command(there: str) -> str:
     """What sshd gives to the user's shell there: one quoted text for sh, which sh, csh and fish read alike."""
     trap = f'trap "rm -rf {there}" EXIT; trap "exit 1" HUP INT TERM'
-    return f"exec sh -c 'mkdir -m 700 {there} && {trap}; tar -xzf - -C {there} && bash -l {there}/{_SCRIPT} </dev/null'"
+    return f"exec sh -c 'mkdir -m 700 {there} || exit 1; {trap}; tar -xzf - -C {there} && bash -l {there}/{_SCRIPT} </dev/null'"
 
 
 def archive(host: Host, words: Sequence[str], there: str) -> bytes:

@@ -170,6 +170,8 @@ def store(measures: list[str], path: Path) -> None:
     stored = kinds.setdefault(machine_kind(), {})
     for measure in measures:
         runs = [ratios_of(measure) for _ in range(3)]
+        for gone in [name for name in stored if name.startswith(f"{measure}: ") and name not in runs[0]]:
+            del stored[gone]  # a ratio that was renamed would be missing in every later comparison
         for name in runs[0]:
             stored[name] = round(statistics.median(run[name] for run in runs), 3)
     path.write_text(json.dumps(kinds, indent=2, sort_keys=True) + "\n")

@@ -7,11 +7,11 @@ the data sheet (launch/plan/cost/devices.toml). The shares are assumptions, **no
 this.
 """
 
-import contextlib
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -96,26 +96,24 @@ def memory(device: torch.device, *, size: int, copy: Callable[[torch.Tensor], to
 
 
 def disk(folder: Path) -> Checked:
-    """Write a file, drop it from the page cache, and read it back."""
-    content, path = os.urandom(1 << 20) * (_DISK_BYTES >> 20), folder / f".node-check-{os.getpid()}"
+    """Write a file, drop it from the page cache, and read it back. No name: nodes share the folder, and a check may be killed."""
+    content = os.urandom(1 << 20) * (_DISK_BYTES >> 20)
     remedy = "look at dmesg and the file system, or set run.folder to another one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        begun = time.perf_counter()
-        with path.open("wb") as stream:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            begun = time.perf_counter()
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        written, begun = time.perf_counter() - begun, time.perf_counter()
-        is_same = path.read_bytes() == content
-        read = time.perf_counter() - begun
+            written, begun = time.perf_counter() - begun, time.perf_counter()
+            stream.seek(0)
+            is_same = stream.read() == content
+            read = time.perf_counter() - begun
     except OSError as error:
         return Checked("disk", "wrong", f"{folder}: {error.strerror}", remedy)
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
     text = f"{_DISK_BYTES / written / 1e6:,.0f} MB/s written, {_DISK_BYTES / read / 1e6:,.0f} MB/s read in {folder}"
     return (
         Checked("disk", "ok", text) if is_same else Checked("disk", "wrong", f"{text}; other bytes came back", remedy)
@@ -125,16 +123,12 @@ def disk(folder: Path) -> Checked:
 def clock(folder: Path, *, ticked_s: float, passed_s: float) -> Checked:
     """Compare this node's clock with the file server's, and its progress with the monotonic clock's. ticked_s, passed_s: of both
     since the start of the checks."""
-    path = folder / f".node-clock-{os.getpid()}"
     before = time.time()
     try:
-        path.touch()
-        server = path.stat().st_mtime
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            server = os.fstat(stream.fileno()).st_mtime
     except OSError as error:
         return Checked("clock", "wrong", f"{folder}: {error.strerror}", "set run.folder, or make it writable")
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
     away = max(before - server, server - time.time(), 0.0)
     text = f"{away:.2f} s from the file server's, {abs(ticked_s - passed_s):.3f} s from the monotonic clock"
     if away > _CLOCK_S or abs(ticked_s - passed_s) > _SET_S:

@@ -118,6 +118,9 @@ def test_kinds_by_other_names_and_tables(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match=r"a\.csv has no column 'body' \(it has: id, text\)"):
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.csv"), text_field="body")))
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"a\.csv row 1 .* cannot be read as a table: .* convert it to UTF-8"):
+        list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.csv"))))
     (tmp_path / "a.csv").write_text("id,text\n1,a\n2\n")
     with pytest.raises(DataError, match=r"a\.csv row 2 has 1 fields, but the first line names 2"):
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.csv"))))

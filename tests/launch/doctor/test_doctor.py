@@ -14,10 +14,12 @@ import pytest
 
 from launch.doctor.command import look, report
 from launch.doctor.deep import deep
-from launch.doctor.gpu import ON_GPU
+from launch.doctor.gpu import ON_GPU, visible_gpus
 from launch.doctor.machine import Finding, Machine
 
 ROOT = Path(__file__).resolve().parents[3]
+BELOW = ("data/__init__.py", "data/system/__init__.py", "data/system/node.py")
+"""What doctor imports of the rooms below it."""
 TOPOLOGY = """        GPU0    GPU1    NIC0    CPU Affinity
 GPU0     X      NV18    PIX     0-51
 GPU1    NV18     X      PIX     0-51
@@ -34,8 +36,8 @@ def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E"))
 def bare_copy(folder: Path) -> Path:
     """The project as it is just after `git clone`: no environment."""
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "recipes" / "schema").mkdir(parents=True)
-    for name in ("recipes/__init__.py", "recipes/schema/__init__.py", "recipes/schema/units.py"):
+    for name in ("recipes/__init__.py", "recipes/schema/__init__.py", "recipes/schema/units.py", *BELOW):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
@@ -103,11 +105,25 @@ def test_deep_checks_that_hang_or_cannot_start_are_findings(tmp_path: Path, monk
     (tmp_path / "bare" / "train" / "__init__.py").write_text("import torch_that_is_not_installed\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bare"))
     (bare,) = deep(Machine(), folder=tmp_path)
-    assert (
-        bare.found == "status 1: ModuleNotFoundError: No module named 'torch_that_is_not_installed'"
-        and bare.state == "wrong"
+    assert bare.found.endswith("status 1: ModuleNotFoundError: No module named 'torch_that_is_not_installed'")
+    assert bare.state == "wrong" and "make setup" in bare.remedy
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('RANK') == '1':\n    print('CUDA error: lost', file=sys.stderr)\n    os._exit(7)\n"
     )
-    assert "make setup" in bare.remedy
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "second"))
+    (lost,) = deep(Machine(), folder=tmp_path)
+    assert lost.found == "device 1, status 7: CUDA error: lost", "not that rank 0 waited for it"
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("", 0), ("1", 1), ("0,1", 2), ("-1", 0)])
+def test_only_gpus_that_processes_can_use_are_counted(
+    gpu_machine: Machine, visible: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus(gpu_machine) == count
 
 
 def test_make_help_lists_every_command() -> None:

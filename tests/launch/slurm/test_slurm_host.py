@@ -51,6 +51,13 @@ def test_every_login_shell_reads_the_remote_command_alike(shell: str, tmp_path: 
         [shell, "-c", remote_command(str(there))], stdin=archive.open("rb"), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, there.exists()) == (7, "submitted\n", False), done.stderr
+    there.mkdir()  # another user's folder: nothing of it is run or removed
+    (there / "submit.sh").write_text("echo foreign\n")
+    done = subprocess.run(
+        [shell, "-c", remote_command(str(there))], stdin=archive.open("rb"), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, [one.name for one in there.iterdir()]) == (1, "", ["submit.sh"]), done.stderr
+    assert (there / "submit.sh").read_text() == "echo foreign\n"
 
 
 HOSTILE = 'it\'s a "run" $(id) `id` ; #1 !x'

@@ -1,5 +1,6 @@
 """Checks of a node with planted faults: one wrong element, one flipped bit, a slow device, a clock that was set."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,3 +51,11 @@ def test_a_set_clock_and_a_folder_that_is_a_file(tmp_path: Path) -> None:
     assert clock(tmp_path, ticked_s=13.0, passed_s=10.0).state == "wrong"
     (tmp_path / "file").touch()
     assert disk(tmp_path / "file").state == "wrong" and disk(tmp_path).state == "ok"
+
+
+def test_nodes_that_check_one_shared_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Also with equal process ids, as in containers."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(disk, [tmp_path] * 4))
+    assert [one.state for one in found] == ["ok"] * 4, found
+    assert not list(tmp_path.iterdir())
