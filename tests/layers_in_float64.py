@@ -13,8 +13,11 @@ from tiny import RECIPE
 from torch.nn import functional as F
 
 from recipes.schema.model import ModelConfig
-from train.build import build_engine, check, mesh_of
+from train.build import check, mesh_of
 from train.megatron import use_device
+from train.model.backend import choose_backend
+from train.model.build import build_model
+from train.parallel.wrap import wrap_chunks
 
 VOCAB = 512
 """The head and embedding are not what is compared here."""
@@ -35,16 +38,58 @@ LAYERS = {
 
 
 def differences(model: ModelConfig, *, storage: str, device: torch.device, length: int) -> dict[str, float]:
-    """Root-mean-square differences over root-mean-square values: of the logits and of each gradient, by name."""
+    """Root-mean-square differences over root-mean-square values: of the logits and of each gradient, by name.
+
+    Ours runs first and leaves only its logits and gradients; of the float64 gradients, one of theirs is in memory at a time.
+    """
     peer = peer_of(model)
     if storage == "bf16":
         peer.to(torch.bfloat16)  # as we store them; norms, dt and A too, which ours keep in fp32
-    peer.double()
     tokens = torch.randint(0, model.vocab, (1, length + 1), generator=torch.Generator().manual_seed(0))
     tokens, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
-    expected = peer(tokens, use_cache=False).logits
-    F.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
+    logits, gradients = _ours(model, dict(peer.named_parameters()), tokens, labels, storage=storage, device=device)
+    gc.collect()
+    peer.double()
+    found = {}
+
+    def measure(names: list[str]) -> None:
+        """Compare the gradients of one of our parameters with all of theirs that it holds, then drop both."""
+        ours = owner[names[0]]
+        theirs = their_part(ours, {name: weights[name].grad for name in names}, model)
+        got = gradients.pop(ours)
+        found[f"gradient of {ours}"] = _difference(got, theirs.view(got.shape))
+        for name in names:
+            weights[name].grad = None
+
     weights = dict(peer.named_parameters())
+    owner, parts = _owners(list(gradients), weights, model)
+    waiting = {ours: set(names) for ours, names in parts.items()}
+
+    def arrived(name: str) -> None:
+        waiting[owner[name]].discard(name)
+        if not waiting[owner[name]]:
+            measure(parts[owner[name]])
+
+    for name, weight in weights.items():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: arrived(name))  # type: ignore[misc]
+    expected = peer(tokens, use_cache=False).logits
+    found["logits"] = _difference(logits, expected)
+    F.cross_entropy(expected.flatten(0, 1), labels.flatten()).backward()
+    assert not gradients, f"without a gradient of theirs: {sorted(gradients)}"
+    return found
+
+
+def _ours(
+    model: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    storage: str,
+    device: torch.device,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Our logits and gradients, by our names, with their weights."""
+    length = tokens.shape[1]
     recipe = replace(
         RECIPE,
         model=model,
@@ -52,27 +97,48 @@ def differences(model: ModelConfig, *, storage: str, device: torch.device, lengt
         run=replace(RECIPE.run, global_rows=1, microbatch_rows=1),
         data=replace(RECIPE.data, row_tokens=length),
     )
-    found = {}
     use_device(device)
     with mesh_of(recipe, check(recipe, world=1), device=device, rank=0) as mesh:
-        engine = build_engine(recipe, mesh)
-        ours = engine.chunks[0].module
+        chunks = build_model(
+            model,
+            parallel=recipe.parallel,
+            precision=recipe.precision,
+            run=recipe.run,
+            row_tokens=length,
+            mesh=mesh,
+            backend=choose_backend(recipe.precision, device),
+        )
+        (chunk,) = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh)  # no optimizer: it takes 12 bytes a weight
+        ours = chunk.module
         with torch.no_grad():
             for name, parameter in ours.named_parameters():
                 parameter.copy_(their_part(name, weights, model).view(parameter.shape))
         tokens, labels = tokens.to(device), labels.to(device)
         positions = torch.arange(length, device=device)[None]
         with torch.no_grad():
-            found["logits"] = _difference(ours(tokens, positions, None), expected)
-        engine.chunks[0].zero_grad_buffer()
+            logits = ours(tokens, positions, None)
+        chunk.zero_grad_buffer()
         ours(tokens, positions, None, labels=labels).mean().backward()
-        gradients = {name: p.grad for name, p in weights.items()}
-        for name, parameter in ours.named_parameters():
-            theirs = their_part(name, gradients, model).view(parameter.shape)
-            found[f"gradient of {name}"] = _difference(parameter.main_grad, theirs)
-    del engine, ours, peer, weights, gradients
-    gc.collect()
-    return found
+        return logits, {name: parameter.main_grad for name, parameter in ours.named_parameters()}
+
+
+def _owners(
+    ours: list[str], weights: dict[str, torch.Tensor], model: ModelConfig
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """By their name, our parameter that holds theirs; by ours, the names of theirs."""
+
+    class Asked(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            names.append(name)
+            return torch.empty(weights[name].shape, device="meta")
+
+    owner, parts = {}, {}
+    for mine in ours:
+        names: list[str] = []
+        their_part(mine, Asked(), model)
+        parts[mine] = names
+        owner |= dict.fromkeys(names, mine)
+    return owner, parts
 
 
 def _difference(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -15,11 +15,12 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from data.system import disk
+from data.system.bulk import without_collections
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.facts import no_data_problem
 from recipes.schema.foreign import printable, read_json
@@ -186,7 +187,10 @@ class Manifest:
     @functools.cached_property
     def hash(self) -> str:
         """sha256 of the content: the identity of this data."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        # `vars` of each entry, not `asdict` of all: a tenth of the time.
+        with without_collections():
+            content = {each.name: getattr(self, each.name) for each in fields(self)}
+            return hashlib.sha256(json.dumps(content, sort_keys=True, default=vars).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -203,18 +207,8 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     if not path.is_file():
         refuse([no_data_problem(folder)], DataError)
     try:
-        raw = read_json(path, most_bytes=LARGEST_BYTES)
-        if raw["format"] != FORMAT:
-            raise DataError(
-                f"{path} has format {raw['format']}; this version reads format {FORMAT}. Prepare the data again, into another "
-                f"data.folder."
-            )
-        manifest = Manifest(
-            tokenizer=TokenizerEntry(**raw["tokenizer"]),
-            request=raw["request"],
-            sources={name: source_entry(entry) for name, entry in raw["sources"].items()},
-        )
-        _check_content(manifest)
+        with without_collections():
+            manifest = _parsed(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = printable(str(error) if isinstance(error, ValueError) else repr(error), most=200)
         raise DataError(f"{path} cannot be read as a data manifest: {reason}. Prepare the data again.") from error
@@ -223,6 +217,22 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
             for entry in entries:
                 for suffix, facts in entry.files.items():
                     _check_size(entry.file_name(str(folder), suffix), facts)
+    return manifest
+
+
+def _parsed(path: Path) -> Manifest:
+    raw = read_json(path, most_bytes=LARGEST_BYTES)
+    if raw["format"] != FORMAT:
+        raise DataError(
+            f"{path} has format {raw['format']}; this version reads format {FORMAT}. Prepare the data again, into another "
+            f"data.folder."
+        )
+    manifest = Manifest(
+        tokenizer=TokenizerEntry(**raw["tokenizer"]),
+        request=raw["request"],
+        sources={name: source_entry(entry) for name, entry in raw["sources"].items()},
+    )
+    _check_content(manifest)
     return manifest
 
 
@@ -276,10 +286,14 @@ def _check_entry(entry: ShardEntry) -> None:
         raise ValueError(f"{path!r} is not the path of a shard inside the folder")
     if entry.dtype not in _ID_TYPES:
         raise ValueError(f"{path!r}: ids are stored as {entry.dtype!r}, not one of {', '.join(_ID_TYPES)}")
-    counts = {
-        key: getattr(entry, key) for key in ("documents", "tokens", "text_bytes", "first_document", "first_record")
-    }
-    _check_counts(path, **counts)
+    _check_counts(
+        path,
+        documents=entry.documents,
+        tokens=entry.tokens,
+        text_bytes=entry.text_bytes,
+        first_document=entry.first_document,
+        first_record=entry.first_record,
+    )
     for name in _SETS:
         if (f"{name}.bin" in entry.files) != (f"{name}.idx" in entry.files):
             raise ValueError(f"{path!r} has one of the two files of its {name}")

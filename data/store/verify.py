@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.store.manifest import FileFacts, file_sha256
 from data.system import disk
+from data.system.bulk import without_collections
 from recipes.schema import units
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import read_json
@@ -39,9 +40,9 @@ class Verifier:
         self._verified: dict[str, list[int]] = {}
         try:
             if mode != "always" and self._path.exists():
-                self._verified = {
-                    str(k): list(map(int, v)) for k, v in read_json(self._path, most_bytes=1 << 30).items()
-                }
+                with without_collections():  # a line for each file of the folder
+                    found = read_json(self._path, most_bytes=1 << 30).items()
+                    self._verified = {key: [int(size), int(changed)] for key, (size, changed) in found}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             log.warning("%s cannot be read (%s). All files are checked again.", self._path, error)
 

@@ -1,8 +1,8 @@
-"""One layer of each kind of Nano 12B at full width, stored in bf16, against transformers in float64.
+"""One layer of each kind of Nano 12B, Nemotron-H 56B and Gemma 2 27B at full width, bf16, against transformers in float64.
 
-Several GB of memory: its MLP has 210 million weights, each kept as bf16, as fp32 master and moments, as a gradient, and in
-float64 twice. Rounding to bf16 (8 bits) of activations and weights moves values by 2e-3 to 1e-2 of their root mean square; the
-smoke recipe's widths show the same (tests/gpu/test_layers.py), so what is tested here is that width changes nothing.
+Many GB of memory: the MLP of H-56B has 537 million weights, in float64 alone 4.3 GB. Rounding to bf16 (8 bits) of activations
+and weights moves values by 2e-3 to 1e-2 of their root mean square; the smoke recipe's widths show the same
+(tests/gpu/test_layers.py), so what is tested here is that width changes nothing.
 """
 
 from dataclasses import replace
@@ -31,6 +31,8 @@ def measured(rank: int, name: str, pattern: str) -> dict[str, float]:
     ("name", "pattern"),
     [
         ("nemotron_nano_12b_v2", "M"), ("nemotron_nano_12b_v2", "*"), ("nemotron_nano_12b_v2", "-"),
+        ("nemotron_h_56b", "M"), ("nemotron_h_56b", "*"), ("nemotron_h_56b", "-"),
+        ("gemma2_27b", "w-"), ("gemma2_27b", "*-"),
     ],
 )  # fmt: skip
 def test_a_layer_at_full_width_equals_float64(name: str, pattern: str) -> None:
