@@ -47,6 +47,7 @@ from train.copies.restore import open_copies, resume_from_either
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.evaluate.ask import TaskResult
+from train.evaluate.depth_acceptance import depth_acceptance
 from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.prompt_samples import prompt_samples
@@ -212,6 +213,9 @@ def _train(
                     else:
                         scores, measure = heldout_bits_per_byte(engine, material, rows_per_source=rows), "bits per byte"
                         telemetry.evaluation(at, scores)
+                        if depths := recipe.model.mtp.depths:
+                            found = depth_acceptance(engine, material, depths=depths, rows_per_source=rows)
+                            telemetry.event("tasks", step=at, tasks=recorded(found))
                 check_scores(at, scores, measure=measure, advice=lambda: checkpoints.advice(mesh))
             if tasks_are_due(recipe.evaluate, at, steps=recipe.run.steps):
                 with telemetry.phase("scoring tasks"):

@@ -7,6 +7,7 @@ separate ones.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -103,15 +104,34 @@ class Model(HybridModel):
         hidden_SBH = hidden_states(self, tokens_BS, positions_BS, context=context)
         if not self.post_process:
             return hidden_SBH
-        losses = [self.compute_language_model_loss(labels_BS, self._logits(hidden_SBH))]
-        right = []
-        for depth, (ids_BS, label_BS) in enumerate(zip(ahead.tokens_DBS, ahead.labels_DBS, strict=True)):
+        losses, right = [], []
+        logits_of_depths = self._logits_of_depths(hidden_SBH, positions_BS, ahead=ahead, context=context)
+        for label_BS, logits_SBV in zip([labels_BS, *ahead.labels_DBS], logits_of_depths, strict=True):
+            if losses:
+                right.append(likeliest_ids(self, logits_SBV).t() == label_BS)
+            losses.append(self.compute_language_model_loss(label_BS, logits_SBV))
+        return torch.stack([*losses, *(flags.to(losses[0].dtype) for flags in right)])
+
+    def guesses_of_depths(
+        self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, *, ahead: Ahead, context: RowContext | None
+    ) -> torch.Tensor:
+        """The last stage: the likeliest id of the next token and of each further one, [1 + depths, rows, sequence]. Other stages:
+        their output. Collective over the tensor and context groups."""
+        hidden_SBH = hidden_states(self, tokens_BS, positions_BS, context=context)
+        if not self.post_process:
+            return hidden_SBH
+        logits_of_depths = self._logits_of_depths(hidden_SBH, positions_BS, ahead=ahead, context=context)
+        return torch.stack([likeliest_ids(self, logits_SBV).t() for logits_SBV in logits_of_depths])
+
+    def _logits_of_depths(
+        self, hidden_SBH: torch.Tensor, positions_BS: torch.Tensor, *, ahead: Ahead, context: RowContext | None
+    ) -> Iterator[torch.Tensor]:
+        """Logits of the next token, then of each further one, as `_logits`."""
+        yield self._logits(hidden_SBH)
+        for depth, ids_BS in enumerate(ahead.tokens_DBS):
             embedded_SBH = self.embedding(input_ids=ids_BS, position_ids=positions_BS)
             hidden_SBH = self.depth(depth).further(hidden_SBH, embedded_SBH, context=context)
-            logits_SBV = self._logits(hidden_SBH)
-            losses.append(self.compute_language_model_loss(label_BS, logits_SBV))
-            right.append(likeliest_ids(self, logits_SBV).t() == label_BS)
-        return torch.stack([*losses, *(flags.to(losses[0].dtype) for flags in right)])
+            yield self._logits(hidden_SBH)
 
     def losses_and_log_sums(
         self,
@@ -147,16 +167,18 @@ class Model(HybridModel):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses, with labels and `ahead` the
-        losses of all depths (`losses_of_depths`), with labels and `log_sums` also the log-sum-exps of the logits
-        (`losses_and_log_sums`).
+        losses of all depths (`losses_of_depths`), with `ahead` alone their guesses (`guesses_of_depths`), with labels and
+        `log_sums` also the log-sum-exps of the logits (`losses_and_log_sums`).
 
         With a scalar head it returns rewards, fp32 [rows, sequence], and takes no labels.
         """
         assert labels is None or not self.has_scalar_head, "a reward model predicts no tokens"
         if ahead is not None or log_sums:
-            assert labels is not None
             tokens, positions, _mask = args
             context = kwargs["packed_seq_params"]
+            if labels is None:
+                assert ahead is not None, "log-sum-exps come with losses"
+                return self.guesses_of_depths(tokens, positions, ahead=ahead, context=context)
             if ahead is None:
                 return self.losses_and_log_sums(tokens, positions, labels_BS=labels, context=context)
             return self.losses_of_depths(tokens, positions, labels_BS=labels, ahead=ahead, context=context)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from recipes.schema.mtp import MtpConfig
+from train.model.attention import zigzag_positions
 from train.model.mtp import Ahead
 from train.objective.next_token import local_rows
 from train.parallel.mesh import Mesh
@@ -34,6 +35,15 @@ def ahead_of(batch: Any, depths: int, *, reset_at_documents: bool) -> Ahead:
         # The label of token t + k is token t + k + 1, so the document of its input decides, as for the next token.
         learned &= _shifted(documents, depths) == documents
     return Ahead(tokens, targets, learned)
+
+
+def local_ahead(batch: Any, depths: int, mesh: Mesh, *, reset_at_documents: bool) -> Ahead:
+    """`ahead_of` for this context rank's part of the rows, on the device (as `next_token.local_rows`)."""
+    whole = ahead_of(batch, depths, reset_at_documents=reset_at_documents)
+    groups, device = mesh.groups.cp, whole.tokens_DBS.device
+    where = zigzag_positions(batch.tokens.shape[1], rank=groups.rank(), ranks=groups.size(), device=device)
+    parts = (whole.tokens_DBS, whole.labels_DBS, whole.learned_DBS)
+    return Ahead(*(part[..., where].to(mesh.device, non_blocking=True) for part in parts))
 
 
 def _shifted(x_BS: torch.Tensor, depths: int) -> torch.Tensor:
@@ -65,13 +75,7 @@ def forward_step(mesh: Mesh, mtp: MtpConfig, *, reset_at_documents: bool) -> Cal
     def step(microbatches: Any, model: torch.nn.Module) -> Any:
         batch = next(microbatches)
         rows = local_rows(batch, mesh, reset_at_documents=reset_at_documents)
-        whole = ahead_of(batch, mtp.depths, reset_at_documents=reset_at_documents)
-        where = rows.positions[0].to(whole.tokens_DBS.device)
-        tokens, labels, learned = (
-            x[..., where].to(mesh.device, non_blocking=True)
-            for x in (whole.tokens_DBS, whole.labels_DBS, whole.learned_DBS)
-        )
-        ahead = Ahead(tokens, labels, learned)
+        ahead = local_ahead(batch, mtp.depths, mesh, reset_at_documents=reset_at_documents)
         output = model(
             rows.tokens, rows.positions, None, labels=rows.labels, ahead=ahead, packed_seq_params=rows.context
         )
@@ -82,7 +86,7 @@ def forward_step(mesh: Mesh, mtp: MtpConfig, *, reset_at_documents: bool) -> Cal
             if rows.learned is not None:
                 next_losses = torch.where(rows.learned, next_losses, 0)
             loss = next_losses.sum() / count
-            sums = torch.where(learned, further, 0).sum((2, 3))
+            sums = torch.where(ahead.learned_DBS, further, 0).sum((2, 3))
             losses, right = sums / sums.new_tensor(counts)
             report = torch.cat([loss[None], losses, right]).detach().clone()
             return loss + mtp.loss_scale / mtp.depths * losses.sum(), report

@@ -52,8 +52,13 @@ class RunRecord:
         return [line for line in self.events if line["kind"] == "experts" and is_reading(line)]
 
     def tasks(self) -> Scores:
-        """Scores of tasks by step, the last of each step."""
-        return {line["step"]: line["tasks"] for line in self.events if line["kind"] == "tasks" and is_scores(line)}
+        """Scores of tasks by step, the last of each step and task."""
+        found: Scores = {}
+        for line in self.events:
+            if line["kind"] == "tasks" and is_scores(line):
+                # A step may have several lines: of held-out rows and of `evaluate.tasks`.
+                found[line["step"]] = {**found.get(line["step"], {}), **line["tasks"]}
+        return found
 
 
 def read_run(folder: Path) -> RunRecord:

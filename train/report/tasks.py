@@ -26,10 +26,11 @@ def is_scores(line: dict[str, Any]) -> bool:
 
 
 def draw_tasks(scores: Scores, path: Path, *, title: str) -> None:
-    """Left: shares of right answers. Right: bits per byte and losses. The bands are 95 % intervals."""
+    """Left: shares of right answers. Right: bits per byte and losses. The bands are 95 % intervals. The report shows the tokens
+    per pass, which have another unit."""
     with canvas(path, size=(11, 4.2)) as figure:
         left, right = figure.subplots(1, 2)
-        for index, (task, metric) in enumerate(_curves(scores)):
+        for index, (task, metric) in enumerate(one for one in _curves(scores) if one[1] != "tokens_per_pass"):
             axes = right if metric in ("bits_per_byte", "loss") else left
             points = [(step, _metric(scores[step], task, metric)) for step in sorted(scores)]
             steps = [step for step, found in points if found]

@@ -42,6 +42,7 @@ _METRICS = {
     "bits_per_byte": Title("Expected texts of tasks", "bits per byte"),
     "score": Title("Score of written answers", "0 to 1"),
     "loss": Title("Loss of held-out pairs", "nats"),
+    "tokens_per_pass": Title("Tokens per pass of the model, by guesses of its further depths"),
 }
 
 
@@ -59,6 +60,9 @@ def title_of_part(name: str) -> Title:
 
 def title_of_metric(name: str) -> Title:
     """Of a metric of a task."""
+    if found := re.fullmatch(r"accepted_(\d+)", name):
+        guesses = "guesses of the first further depth" if found[1] == "1" else f"guesses of all depths up to {found[1]}"
+        return Title(f"Accepted {guesses}", "%", 100)
     return _METRICS.get(name) or _plain(name)
 
 

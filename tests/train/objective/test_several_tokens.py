@@ -1,12 +1,12 @@
 """Multi-token prediction: the loss and gradients of plain float64 torch, the same at every layout."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from depth_equations import Weights, logits_of_depths
 from expert_models import EXPERTS
 from ranks import run_ranks
 from tiny import Numbers, engine_of, masked_rows, microbatches, recipe_with, rows_of, steps_of, train_tiny
@@ -24,53 +24,21 @@ from train.objective.step_counts import count_step
 TWO: dict[str, Any] = {"model.pattern": "*-", "model.mtp.depths": 2, "model.mtp.pattern": "*-"}
 APART = {"data.reset_at_documents": True}
 ROUNDING = 2e-6
-Weights = dict[str, torch.Tensor]
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-
-
-def _layers(x: torch.Tensor, w: Weights, place: str, seen: torch.Tensor) -> torch.Tensor:
-    """Attention (4 query heads, 2 key heads of 16) and a squared-ReLU MLP, on [sequence, hidden]."""
-    at = f"{place}layers.0."
-    normed = _norm(x, w[f"{at}input_layernorm.weight"])
-    groups = (normed @ w[f"{at}self_attention.linear_qkv.weight"].T).unflatten(-1, (2, 4, 16))  # 2 queries, key, value
-    heads = []
-    for group in range(2):
-        key, value = groups[:, group, 2], groups[:, group, 3]
-        for query in range(2):
-            scores = groups[:, group, query] @ key.T / math.sqrt(16)
-            heads.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ value)
-    x = x + torch.cat(heads, -1) @ w[f"{at}self_attention.linear_proj.weight"].T
-    at = f"{place}layers.1."
-    inner = _norm(x, w[f"{at}pre_mlp_layernorm.weight"]) @ w[f"{at}mlp.linear_fc1.weight"].T
-    return x + F.relu(inner).square() @ w[f"{at}mlp.linear_fc2.weight"].T
 
 
 def _reference(w: Weights, recipe: Recipe, step: int) -> tuple[torch.Tensor, list[float]]:
     """(the loss of a step, [next-token loss, losses of the depths, shares of right guesses]), from the paper's equations."""
-    table, head = w["embedding.word_embeddings.weight"], w["output_layer.weight"]
-    sums, counts, right = [head.new_zeros(()) for _ in range(3)], [0, 0, 0], [0, 0]
+    sums, counts, right = [torch.zeros(()) for _ in range(3)], [0, 0, 0], [0, 0]
     batch = rows_of(step, torch.arange(recipe.run.global_rows).numpy())
     assert batch.document_index is not None
     for tokens, labels, documents in zip(batch.tokens, batch.labels, batch.document_index, strict=True):
-        length = len(tokens)
-        seen = torch.ones(length, length, dtype=torch.bool).tril() & (documents[:, None] == documents[None])
-        hidden = _norm(_layers(table[tokens], w, "decoder.", seen), w["decoder.final_norm.weight"])
-        sums[0] = sums[0] + F.cross_entropy(hidden @ head.T, labels, reduction="sum")
-        counts[0] += length
-        for k in (1, 2):
-            at = f"mtp.layers.{0 if recipe.model.mtp.repeated else k - 1}."
-            later = torch.cat([tokens[k:], tokens.new_zeros(k)])
-            both = [_norm(table[later], w[f"{at}enorm.weight"]), _norm(hidden, w[f"{at}hnorm.weight"])]
-            x = torch.cat(both, -1) @ w[f"{at}eh_proj.weight"].T
-            hidden = _norm(_layers(x, w, f"{at}mtp_model_layer.", seen), w[f"{at}final_layernorm.weight"])
-            exists = [t for t in range(length - k) if documents[t + k] == documents[t]]
-            logits, targets = (hidden @ head.T)[exists], labels[[t + k for t in exists]]
+        for k, all_logits in enumerate(logits_of_depths(w, recipe.model.mtp, tokens, documents)):
+            exists = [t for t in range(len(tokens) - k) if documents[t + k] == documents[t]]
+            logits, targets = all_logits[exists], labels[[t + k for t in exists]]
             sums[k] = sums[k] + F.cross_entropy(logits, targets, reduction="sum")
-            right[k - 1] += int((logits.argmax(-1) == targets).sum())
             counts[k] += len(exists)
+            if k:
+                right[k - 1] += int((logits.argmax(-1) == targets).sum())
     means = [total / count for total, count in zip(sums, counts, strict=True)]
     shares = [number / count for number, count in zip(right, counts[1:], strict=True)]
     return means[0] + recipe.model.mtp.loss_scale / 2 * (means[1] + means[2]), [*map(float, means), *shares]

@@ -25,7 +25,7 @@ from train.report.command import main
 from train.report.curves import thin
 from train.report.facts import read_reported
 from train.report.page import page
-from train.report.titles import title_of_part
+from train.report.titles import title_of_metric, title_of_part
 
 STEPS = [
     step(
@@ -190,6 +190,7 @@ def test_every_part_of_a_loss_has_a_title() -> None:
     assert not plain and title_of_part("mtp_1").text == "Loss of token 2 ahead"
     assert len({title_of_part(name).text for name in parts}) == len(parts)
     assert title_of_part("own_part").text == "Own part"
+    assert title_of_metric("accepted_2").text == "Accepted guesses of all depths up to 2"
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
