@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -117,9 +117,15 @@ def _folder_of(words: list[str]) -> str:
 
 
 def start(
-    words: list[str], name: str, *, ranks: int = 1, extra: tuple[str, ...] = (), launcher: str = "torchrun"
+    words: list[str],
+    name: str,
+    *,
+    ranks: int = 1,
+    extra: tuple[str, ...] = (),
+    launcher: str = "torchrun",
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-    """A new process. ranks: more than one are started by torchrun or `stratum launch local`."""
+    """A new process. ranks: more than one are started by torchrun or `stratum launch local`. environment: more variables."""
     command = ["-m", "train"]
     if launcher == "local":
         command = ["-m", "train.stratum", "launch", "local", "--nproc", str(ranks)]
@@ -128,7 +134,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, *command, *words, f"run.name={name}", *extra],
         cwd=RECIPES.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
