@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor.command import look, report
+from launch.doctor.command import colored, look, report
 from launch.doctor.deep import deep
 from launch.doctor.gpu import ON_GPU
 from launch.doctor.machine import Finding, Machine
@@ -35,8 +35,8 @@ def bare_copy(folder: Path) -> Path:
     """The project as it is just after `git clone`: no environment."""
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "recipes" / "schema").mkdir(parents=True)
-    for name in ("recipes/__init__.py", "recipes/schema/__init__.py", "recipes/schema/units.py"):
-        shutil.copy(ROOT / name, folder / name)
+    for name in ("__init__", "schema/__init__", "schema/units", "schema/terminal"):
+        shutil.copy(ROOT / f"recipes/{name}.py", folder / f"recipes/{name}.py")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     return folder
@@ -159,7 +159,7 @@ def smi(tools: Path, rows: list[str]) -> None:
 
 def findings(machine: Machine, folder: Path) -> dict[str, Finding]:
     found = look(machine, folder=folder)
-    assert report(found, color=True).count("\033[0m") == len(found)
+    assert colored(report(found)).count("\033[0m") == len(found)
     return {one.what: one for one in found}
 
 
