@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from data.system.console import open_console
+from data.system.console import open_console, print_table
 from launch.lease import LeaseError, current_owner
 from launch.local.failures import failure_message, log_of, read_failures
 from launch.queue import QueuedJob, SlurmError, look_up
@@ -28,8 +28,6 @@ from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import METRICS, last_texts, read_metrics
 
 _LOG_LINES = 8
-_NARROW = 60
-"""With fewer columns, a table would break words, so each run is a few lines."""
 _STARTING_S = 120.0
 """A run without a recorded step may still be starting if its logs are newer than this."""
 
@@ -202,25 +200,19 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
     if not runs:
         return "no runs in runs/\n"
     console = open_console(wraps=True)
-    is_narrow = console.width < _NARROW
     table = Table("run", "job", "progress", "state", "checkpoint")
-    lines = []
     for run in runs:
         job = queue.newest_job(run)
         state = re.split(r"[:;] | \(", _state(run, job, queue))[0]
-        cells = (
+        table.add_row(
             printable(str(run.path)),
             _job_line(job) if job else "",
             _progress_line(run),
             state,
             run.newest_checkpoint() or "none yet",
         )
-        table.add_row(*cells)
-        lines += [cells[0], *(f"  {cell}" for cell in cells[1:] if cell)]
-    if is_narrow:
-        return "".join(f"{line}\n" for line in lines)
     with console.capture() as captured:
-        console.print(table)
+        print_table(console, table)
     return captured.get()
 
 

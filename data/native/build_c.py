@@ -31,6 +31,10 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 """No fast math: it changes results."""
 
 
+class NoCompilerError(OSError):
+    """There is no C compiler on PATH."""
+
+
 class Cached[**P, T]:
     """A function that works once for each of its arguments. If two threads call it at the same time, one waits for the other:
     neither `functools.cache` nor a file in the cache folder would keep them from compiling the same library twice."""
@@ -65,9 +69,17 @@ def load_if_possible(
         return None
     try:
         return load(*sources, flags=flags)
+    except NoCompilerError as error:
+        _warn_of_no_compiler(str(error))
     except (OSError, subprocess.CalledProcessError) as error:
         log.warning("%s not compiled (%s); %s is used instead", what, _reason(error), instead)
-        return None
+    return None
+
+
+@Cached
+def _warn_of_no_compiler(reason: str) -> None:
+    """Once in a process: every library has the same reason."""
+    log.warning("%s. Plain torch and numpy are used instead of compiled kernels: several times slower", reason)
 
 
 def wanted() -> bool:
@@ -78,12 +90,12 @@ def wanted() -> bool:
 def load(*sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The shared library of these C sources (the first gives its name; the others are headers it includes).
 
-    Raises OSError without a compiler or if the library cannot be loaded, subprocess.CalledProcessError with the
+    Raises NoCompilerError without a compiler, OSError if the library cannot be loaded, subprocess.CalledProcessError with the
     compiler's words in `stderr` where it refuses the source.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise OSError("no C compiler found: install gcc, or set CC")
+        raise NoCompilerError("no C compiler found: install gcc, or set CC")
     texts = [source.read_text() for source in sources]
     key = hashlib.sha256("\n".join([*texts, *FLAGS, *flags, compiler, _processor()]).encode()).hexdigest()[:16]
     name = f"{sources[0].stem}-{key}"

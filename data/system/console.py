@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,9 +19,13 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 _FILE_WIDTH = 200
 """Columns of a table in a file or pipe, where nothing limits it."""
+_FOLDED = 12
+"""Fewest columns for cells that may be broken inside words (`overflow="fold"`)."""
 
 
 def open_console(
@@ -31,6 +37,42 @@ def open_console(
     if width is None and not wraps and not console.is_terminal:
         console.width = _FILE_WIDTH
     return console
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; on a console too narrow for its words, each row as a few lines: the first cell, then `name: value`."""
+    if _fewest_columns(console, table) <= console.width:
+        console.print(table)
+        return
+    if table.title:
+        console.print(table.title, style="bold")
+    for cells in zip(*(list(column.cells) for column in table.columns), strict=True):
+        named = [(str(column.header), cell) for column, cell in zip(table.columns, cells, strict=True)]
+        (first_name, first), *others = named
+        if not table.show_header and len(others) == 1:
+            console.print(_named(str(first), others[0][1]))
+            continue
+        console.print(_named(first_name, first))
+        for name, cell in others:
+            if name and str(cell):  # a column without a name is a picture of another one
+                console.print(Padding(_named(name, cell), (0, 0, 0, 2), expand=False))
+    if table.caption:
+        console.print(table.caption)
+
+
+def _named(name: str, cell: object) -> Text:
+    value = cell if isinstance(cell, Text) else Text(str(cell))
+    return Text.assemble(f"{name}: ", value) if name else value
+
+
+def _fewest_columns(console: Console, table: Table) -> int:
+    """Columns of a terminal in which the table breaks no word."""
+    wide, count = console.options.update(width=10_000), 1
+    for column in table.columns:
+        shown = [*([column.header] if table.show_header else []), *column.cells]
+        words = max((Measurement.get(console, wide, cell).minimum for cell in shown), default=0)
+        count += 3 + (min(words, _FOLDED) if column.overflow == "fold" else words)
+    return count
 
 
 def bars(*columns: ProgressColumn | str, console: Console, is_shown: bool = True, transient: bool = False) -> Progress:

@@ -26,6 +26,7 @@ from launch.doctor.deep import deep
 from launch.doctor.gpu import ON_GPU, cuda, fabric, gpus
 from launch.doctor.machine import ELSEWHERE, SETUP, Finding, Machine, package, pins, project_file
 from recipes.schema import units
+from recipes.schema.terminal import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 _INTERFACE = (
     "for gloo on several nodes, torchrun needs GLOO_SOCKET_IFNAME=NAME (`ip -brief address`); `launch slurm` sets it"
 )
+_MARKS = {"ok": "\033[32m", "absent": "\033[33m", "wrong": "\033[1;31m"}
+"""Colours of the states."""
+_FILE_WIDTH = 200
+_ALIGNED = 100
+"""Columns from which names and findings are aligned: a finding then has about 60."""
 FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
 
 
@@ -84,7 +90,8 @@ Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for wha
             json.dumps({"node": node_name(), "ready": not wrong, "findings": [asdict(one) for one in findings]}) + "\n"
         )
     else:
-        sys.stdout.write(report(findings, color=sys.stdout.isatty()))
+        text = fitted(report(findings, columns=shutil.get_terminal_size((_FILE_WIDTH, 24)).columns), sys.stdout)
+        sys.stdout.write(colored(text) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text)
         if wrong:
             sys.stdout.write(f"{node_name()} is not ready: {', '.join(one.what for one in wrong)}.\n")
     return 1 if wrong else 0
@@ -121,30 +128,37 @@ def look(machine: Machine, *, folder: Path) -> list[Finding]:
         *_packages(machine),
         *cards,
         *cuda(machine, has_gpu=has_gpu),
-        *_system(machine, folder=folder),
+        *_system(machine, folder=folder, has_gpu=has_gpu),
         *fabric(machine, has_gpu=has_gpu),
         *_cluster(machine),
     ]
 
 
-def report(findings: list[Finding], *, color: bool) -> str:
-    """Findings as aligned lines, by topic."""
-    marks = {"ok": "\033[32m", "absent": "\033[33m", "wrong": "\033[1;31m"}
-    width = max(len(one.what) for one in findings)
+def report(findings: list[Finding], *, columns: int = _FILE_WIDTH) -> str:
+    """Findings as aligned lines, by topic. columns: of the terminal; a narrow one gets no column of names."""
+    width = max(len(one.what) for one in findings) if columns >= _ALIGNED else 0
     lines: list[str] = []
     topic = ""
     for one in findings:
         if one.topic != topic:
             topic = one.topic
             lines.append(f"\n{topic}" if lines else topic)
-        state = f"{one.state:7}"
-        state = f"{marks[one.state]}{state}\033[0m" if color else state
-        lines.append(f"  {state} {one.what:{width}}  {one.found}")
+        lines.append(f"  {one.state:7} {one.what:{width}}{'  ' if width else ': '}{one.found}")
         if one.remedy:
-            lines.append(f"  {'':7} {'':{width}}  -> {one.remedy}")
-    counts = {state: sum(one.state == state for one in findings) for state in marks}
+            lines.append(f"  {'':7} {'':{width}}{'  ' if width else ''}-> {one.remedy}")
+    counts = {state: sum(one.state == state for one in findings) for state in _MARKS}
     lines.append(f"\n{counts['ok']} ok, {counts['absent']} absent, {counts['wrong']} wrong.")
     return "\n".join(lines) + "\n"
+
+
+def colored(text: str) -> str:
+    """The report with each state in its colour."""
+    return re.sub(
+        rf"^  ({'|'.join(_MARKS)})(?= )",
+        lambda found: f"  {_MARKS[found[1]]}{found[1]}\033[0m",
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def _needed(one: Finding) -> Finding:
@@ -198,11 +212,15 @@ def _packages(machine: Machine) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _system(machine: Machine, *, folder: Path) -> Iterator[Finding]:
-    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+def _system(machine: Machine, *, folder: Path, has_gpu: bool) -> Iterator[Finding]:
+    compiler = next((name for name in (os.environ.get("CC", "cc"), "gcc", "clang") if shutil.which(name)), None)
+    # Triton compiles a small C file for each kernel that it starts: mamba-ssm's and FlexAttention's need it.
+    without = (
+        "none: Triton's kernels cannot start" if has_gpu else "none: plain torch is used, several times slower on a CPU"
+    )
     yield Finding(
-        "machine", "C compiler", "ok" if compiler else "absent", compiler or "none: plain torch is used, slower on a CPU",
-        "" if compiler else "install gcc",
+        "machine", "C compiler", "ok" if compiler else "wrong" if has_gpu else "absent", compiler or without,
+        "" if compiler else "install gcc, or set CC",
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("machine", "processors", "ok", f"{cores} for this process")

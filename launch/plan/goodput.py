@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from data.system.console import print_table
 from data.system.figure import canvas
 from launch.plan.cost.goodput import (
     LLAMA_NODE_MTBF_S,
@@ -168,7 +169,7 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
             *[f"{part:.2%}" for part in share],
             units.span(seconds / choice.goodput) if choice.goodput > 1e-6 else "never",
         )
-    out.print(table)
+    print_table(out, table)
     advised = found.advised
     expected = seconds / advised.goodput / failures.mean_s if advised.goodput > 1e-6 else float("inf")
     busy = min(1.0, advised.saving.write_s / advised.saving.cycle_s)

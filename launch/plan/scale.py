@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from data.system.console import print_table
 from data.system.figure import canvas
 from launch.plan.cost.device import Device
 from launch.plan.goodput import Goodput, goodput_of
@@ -87,7 +88,7 @@ def show_scale(points: list[Point], recipe: Recipe) -> None:
             units.span(plan.recipe.run.steps * plan.time.seconds / advised.goodput),
             f"{advised.steps:,} steps",
         )
-    out.print(table)
+    print_table(out, table)
     out.print(
         "These are predictions: docs/plan.md says how accurate they are, and which failures and save times are assumed."
     )

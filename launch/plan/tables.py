@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.system.console import open_console
+from data.system.console import open_console, print_table
 from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
 from launch.plan.search import SearchResult
@@ -29,14 +29,14 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
         _cost(plan),
         *([_decode(plan)] if recipe.model.head == "vocabulary" else []),
     ):
-        out.print(part)
+        print_table(out, part) if isinstance(part, Table) else out.print(part)
         out.print()
     _print_problems(out, plan)
 
 
 def console() -> Console:
-    """A console that is wide enough for the tables."""
-    return open_console(wraps=True, width=max(100, min(140, shutil.get_terminal_size((130, 40)).columns)))
+    """A console as wide as the terminal, up to a width that is easy to read."""
+    return open_console(wraps=True, width=min(140, shutil.get_terminal_size((130, 40)).columns))
 
 
 def _head(plan: Plan) -> Text:
@@ -224,11 +224,11 @@ def show_search(found: SearchResult, recipe: Recipe, *, limit: str) -> None:
                 f"{plan.fullest.total / units.GIB:.1f}",
                 candidate.why,
             )
-        out.print(table)
+        print_table(out, table)
         words = " ".join(found.best[0].overrides) or "none: the recipe is the best already"
         out.print(f"\nThe first layout as overrides:\n  {words}", soft_wrap=True)
     if limit:
-        out.print("\n" + limit, soft_wrap=True)
+        out.print("\n" + limit, soft_wrap=not out.is_terminal)  # whole in files: it can be searched
     if found.rejected:
         out.print("\nNot shown:")
         for reason, count in found.rejected.items():

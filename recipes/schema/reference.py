@@ -1,9 +1,10 @@
-"""`stratum fields [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
+"""`stratum fields [GROUP ...]`: every recipe field with its default, range and meaning: paragraphs on a terminal, else Markdown.
 
 docs/recipes.md is its output (`stratum fields > docs/recipes.md`), and a test compares the two.
 """
 
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from recipes.schema.fields import Range
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.suggestions import did_you_mean
+from recipes.schema.terminal import fitted
 from recipes.schema.typed import field_docs
 
 _HEAD = """# Recipe fields
@@ -33,6 +35,9 @@ it lists (`recipes/GROUP/*.yaml`), the recipe itself, the command line. YAML con
   `defaults: [smoke, data/no_sources, _self_]` it has only its own.
 - `schedule.warmup` and `schedule.decay` below 1 are fractions of the run, so that `run.steps=20` alone shortens a run.
 """
+
+
+_COLUMNS = ["field", "type", "default", "meaning"]
 
 
 def page(groups: Sequence[str] = ()) -> str:
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*(field.name for field in dataclasses.fields(Recipe)), "compress"]
     parser = CommandParser(
         "fields",
-        about="Every recipe field with its type, range, default and meaning, as Markdown.",
+        about="Every recipe field with its type, range, default and meaning; as Markdown in files and pipes.",
         examples="""
 stratum fields                                      all of them (docs/recipes.md)
 stratum fields optim schedule                       two groups
@@ -68,8 +73,22 @@ stratum fields optim schedule                       two groups
         if group not in names:
             hint = did_you_mean(group, names, otherwise="")
             parser.error(f"there is no group {group!r}. {hint} Use one of {', '.join(names)}.".replace("  ", " "))
-    sys.stdout.write(page(groups))
+    text = page(groups)
+    sys.stdout.write(fitted(without_tables(text), sys.stdout) if sys.stdout.isatty() else text)
     return 0
+
+
+def without_tables(text: str) -> str:
+    """The page with each line of its tables as a paragraph, for terminals: no terminal is wide enough for the meanings."""
+    lines = []
+    for line in text.split("\n"):
+        cells = [cell.strip() for cell in line.strip("|").split("|", 3)] if line.startswith("|") else []
+        if not cells:
+            lines.append(line)
+        elif not set("".join(cells)) <= {"-"} and cells != _COLUMNS:
+            name, kind, default, meaning = cells
+            lines += [f"{name.strip('`')}: {kind}{f', default {default}' if default else ''}", f"    {meaning}", ""]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
 def _table(place: str, cls: type) -> str:
@@ -79,7 +98,7 @@ def _table(place: str, cls: type) -> str:
         "",
         (cls.__doc__ or "").strip(),
         "",
-        "| field | type | default | meaning |",
+        f"| {' | '.join(_COLUMNS)} |",
         "|---|---|---|---|",
     ]
     for field in dataclasses.fields(cls):

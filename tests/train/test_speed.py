@@ -1,4 +1,4 @@
-"""`python -m train.speed`: a recipe's step without data or run folder."""
+"""`train/speed.py`: a recipe's step without data or run folder."""
 
 import json
 import subprocess

@@ -104,12 +104,15 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
         engine = _engine(recipe, it, rows=1, context=len(ids) + config.tokens, guesses=guesses)
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
+        # Before the prompt is printed: the first step loads kernels, and its warnings must not appear inside the text.
+        events = engine.step()
         if not config.chat:
             yield config.prompt
-        while not engine.is_idle:
-            for event in engine.step():
+        while events or not engine.is_idle:
+            for event in events:
                 if event.token is not None:
                     yield decoder.feed(event.token.id)
+            events = engine.step()
         yield decoder.finish()
 
 

@@ -1,6 +1,6 @@
 """Does this node compute, store and send the right numbers, and fast enough? Seconds for each check; before a run.
 
-    python -m train.resilience.node_check FOLDER     one process for each device --> findings, as JSON on stdout of rank 0
+    FOLDER, devices --> one process for each device --> findings, as JSON on stdout of rank 0
 
 Products of small integers are exact in every format, so each wrong element is found. Speeds on a GPU are compared with shares of
 the data sheet (launch/plan/cost/devices.toml). The shares are assumptions, **not run on a GPU**. `stratum doctor --deep` starts

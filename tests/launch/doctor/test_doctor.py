@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor.command import look, report
+from launch.doctor.command import colored, look, report
 from launch.doctor.deep import deep
 from launch.doctor.gpu import ON_GPU, visible_gpus
 from launch.doctor.machine import Finding, Machine
@@ -36,7 +36,13 @@ def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E"))
 def bare_copy(folder: Path) -> Path:
     """The project as it is just after `git clone`: no environment."""
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("recipes/__init__.py", "recipes/schema/__init__.py", "recipes/schema/units.py", *BELOW):
+    for name in (
+        "recipes/__init__.py",
+        "recipes/schema/__init__.py",
+        "recipes/schema/units.py",
+        "recipes/schema/terminal.py",
+        *BELOW,
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("pyproject.toml", "constraints.txt"):
@@ -175,7 +181,7 @@ def smi(tools: Path, rows: list[str]) -> None:
 
 def findings(machine: Machine, folder: Path) -> dict[str, Finding]:
     found = look(machine, folder=folder)
-    assert report(found, color=True).count("\033[0m") == len(found)
+    assert colored(report(found)).count("\033[0m") == len(found)
     return {one.what: one for one in found}
 
 
