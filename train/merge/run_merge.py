@@ -21,6 +21,7 @@ from recipes.schema import units
 from recipes.schema.checkpoint_steps import steps_in
 from recipes.schema.errors import NumericsError, RecipeError, refuse
 from recipes.schema.foreign import printable
+from recipes.schema.lora_rules import folded_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.pattern import parameters
 from recipes.schema.read import recipe_from_mapping
@@ -69,6 +70,9 @@ def run_merge(config: MergeConfig, places: list[Path], out: Path) -> int:
     alphas = _alphas(config.alpha)
     sources = [source_at(place) for place in places]
     check_sources(sources)
+    for source in sources:  # the product of two sums is not the sum of the products
+        model = recipe_from_mapping(source.manifest.recipe).model
+        refuse(folded_problems(model, place=str(source.path), what="a sum of two models", key="model.lora"))
     if sources[0].manifest.fingerprint == sources[1].manifest.fingerprint:
         raise RecipeError(
             f"{sources[0].path} and {sources[1].path} have the same weights: there is nothing to merge. Name another model."

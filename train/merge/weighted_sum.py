@@ -170,7 +170,9 @@ def write_run(
     last = sources[-1]
     base = last if keep_step else sources[0]
     recipe = recipe_from_mapping(base.manifest.recipe)
-    run = replace(recipe.run, folder=str(out.parent), name=out.name, start_from=None)
+    # A model with adapters must name what it adapts (recipes.schema.lora_rules); the weights here are whole, so nothing reads it.
+    begins = recipe.run.start_from if recipe.model.lora.rank else None
+    run = replace(recipe.run, folder=str(out.parent), name=out.name, start_from=begins)
     mapping = recipe_mapping(replace(recipe, run=run))
     state = RunState(
         recipe=mapping,

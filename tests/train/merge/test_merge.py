@@ -19,13 +19,17 @@ from tiny import TINY, recipe_with
 from data.system import disk
 from recipes.schema.changes import function_changes
 from recipes.schema.errors import CheckpointError, NumericsError, RecipeError
+from recipes.schema.lora import LoraConfig
+from recipes.schema.lora_rules import adapter_problems
 from recipes.schema.manifest import Manifest
-from recipes.schema.read import recipe_mapping
+from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.teacher_rules import kept_channels
+from recipes.schema.tools import MergeConfig
 from train.checkpoint import storage
 from train.checkpoint.files import Reader, whole_tensor
 from train.checkpoint.manifest import MASTER, MODEL, RunState
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
+from train.merge.run_merge import run_merge
 from train.merge.weighted_sum import Source, check_sources, merge_weights, source_at, write_run
 
 Tensors = dict[str, torch.Tensor]
@@ -140,6 +144,18 @@ def test_another_model_or_tokenizer_is_refused(
     with pytest.raises(error) as raised:
         check_sources(sources)
     assert message in str(raised.value)
+
+
+def test_averaged_adapters_can_train_on_and_two_models_with_adapters_are_refused(tmp_path: Path) -> None:
+    """(a + b)(c + d) is not ac + bd. A model with adapters names what it adapts, or its recipe would be refused."""
+    recipe = recipe_with(**{"model.lora": LoraConfig(rank=4), "run.start_from": "runs/base"})
+    mapping = recipe_mapping(recipe)
+    sources = [handmade(tmp_path / str(seed), random_tensors(seed), recipe=mapping) for seed in (1, 2)]
+    with pytest.raises(RecipeError, match=r"which a sum of two models does not support\. .*--adapters"):
+        run_merge(MergeConfig(alpha="0.5"), [source.path for source in sources], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+    manifest = merged(tmp_path / "window", sources, [0.5, 0.5], keep_step=True)
+    assert adapter_problems(recipe_from_mapping(manifest.recipe)) == []
 
 
 def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:

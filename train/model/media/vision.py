@@ -50,7 +50,9 @@ class VisionEncoder(MegatronModule):
 
     def _positions(self, sizes: list[tuple[int, int]]) -> torch.Tensor:
         """[T, width] fp32"""
-        grid = self.position_embedding.weight.float().view(1, self.side, self.side, -1).permute(0, 3, 1, 2)
+        # Called, not read as `.weight`: Megatron waits for gathered weights in a hook of the module.
+        everywhere = torch.arange(self.side**2, device=self.position_embedding.weight.device)
+        grid = self.position_embedding(everywhere).float().view(1, self.side, self.side, -1).permute(0, 3, 1, 2)
         scaled = {
             size: F.interpolate(grid, size=size, mode="bilinear", align_corners=False, antialias=True)[0].flatten(1).t()
             for size in dict.fromkeys(sizes)
