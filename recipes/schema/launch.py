@@ -30,8 +30,8 @@ class SlurmConfig:
     `none`: it stops."""
     spare_nodes: Count = 0
     """Additional nodes of each job, without processes. One of them takes the place of a node that is lost, or on which ranks
-    failed twice, in the same job. They are charged like the others. Use it with
-    `continuation: chain`: Slurm does not requeue such a job if its first node is lost. 0: the next job gets other nodes."""
+    failed twice, in the same job. They are charged like the others. Needs `continuation: chain` or
+    `none`, because Slurm does not requeue such a job if its first node is lost. 0: the next job gets other nodes."""
     cpus_per_process: Count = 0
     """CPUs of each process, for its threads; 0: the cluster decides."""
     memory_gib: Count = 0

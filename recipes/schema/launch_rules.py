@@ -164,4 +164,11 @@ def slurm_problems(recipe: Recipe, *, processes: int) -> list[Problem]:
         )
         remedy = "Raise the limit, or lower save_before_end_s to the time of a step and a save."
         found.append(Problem("launch.slurm.save_before_end_s", text, remedy))
+    if launch.slurm.spare_nodes and launch.slurm.continuation == "requeue":
+        text = (
+            f"launch.slurm.spare_nodes={launch.slurm.spare_nodes} and launch.slurm.continuation=requeue: Slurm does not requeue "
+            f"a job with spares whose first node is lost, so the run would end as FAILED."
+        )
+        remedy = "Use launch.slurm.continuation=chain (the next job continues), or launch.slurm.spare_nodes=0."
+        found.append(Problem("launch.slurm.continuation", text, remedy))
     return found

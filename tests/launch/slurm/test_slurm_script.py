@@ -355,3 +355,12 @@ def test_what_no_script_can_contain_is_refused_before_it_is_written(word: str, s
     for fine in ("module load cuda", "export HF_TOKEN=$(cat ~/.token)", 'export X_KEY="$OTHER"'):
         recipe = read("-cn", "smoke")
         assert not script_problems(replace(recipe, launch=replace(recipe.launch, slurm=SlurmConfig(setup=fine))))
+
+
+def test_spares_with_requeue_are_refused() -> None:
+    """Slurm ends such a job as FAILED when its first node is lost (test_slurm_spares.py)."""
+    with pytest.raises(RecipeError, match=r"Use launch\.slurm\.continuation=chain"):
+        training_job(read("-cn", "smoke", "launch.slurm.spare_nodes=1"), [])
+    for continuation in ("chain", "none"):
+        words = ("launch.slurm.spare_nodes=1", f"launch.slurm.continuation={continuation}")
+        assert training_job(read("-cn", "smoke", *words), []).spare_nodes == 1

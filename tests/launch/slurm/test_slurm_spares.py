@@ -12,6 +12,7 @@ from slurm_rig import slurm_rig, wait_for
 from launch.queue import look_up
 from launch.runs import RunFolder
 from launch.slurm.command import submit_run
+from launch.slurm.job_script import Job
 from launch.slurm.jobs import active_jobs, job_numbers
 from launch.slurm.left_out import left_out
 from launch.starts import starts_of
@@ -28,17 +29,17 @@ JOB = replace(
     steps=40,
     restarts=1,
     environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"},
-    slurm=SlurmConfig(time_limit_minutes=10, save_before_end_s=60),
+    slurm=SlurmConfig(time_limit_minutes=10, save_before_end_s=60, continuation="none"),
     module="simulated_train",
     spare_nodes=1,
     code="",
 )
 
 
-def begin(root: Path, name: str, *words: str) -> RunFolder:
+def begin(root: Path, name: str, *words: str, job: Job = JOB) -> RunFolder:
     run = RunFolder(root / name)
     words = (str(run.path), "--steps", "40", "--step-s", "0.05", *words)
-    submit_run(run, replace(JOB, name=name, folder=str(run.path), words=words), keep_code=False)
+    submit_run(run, replace(job, name=name, folder=str(run.path), words=words), keep_code=False)
     return run
 
 
@@ -86,3 +87,14 @@ def test_a_spare_takes_the_place_of_a_failing_and_of_a_lost_node(tmp_path: Path)
         assert losing.checkpoint_step() == 40 and "here: a node was lost" in log
         ends = [line for line in starts_of(losing.path) if line["kind"] == "attempt_end"]
         assert len(ends) == 2
+
+
+def test_a_chain_with_spares_survives_the_loss_of_its_first_node(tmp_path: Path) -> None:
+    """The first node has the job's script: Slurm ends the job as FAILED, whatever spares it has, and the next one continues."""
+    chain = replace(JOB, slurm=replace(JOB.slurm, continuation="chain"))
+    with slurm_rig(4):
+        run = begin(tmp_path, "first", "--hold", "20", "--patience-s", "5", job=chain)
+        lose("n1", run)
+        lost, next_one = look_up(job_numbers(run))[:2]
+        log = (run.logs / f"slurm-{next_one.number}.log").read_text()
+        assert (lost.state, next_one.state) == ("FAILED", "COMPLETED") and run.checkpoint_step() == 40, log
