@@ -10,6 +10,8 @@ import yaml
 from ranks import run_ranks
 from tiny import RECIPE
 
+from launch.compose import compose
+from launch.plan.cost.tensors import stage_tensors
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_norms, parameters
@@ -21,27 +23,27 @@ from train.model.build import build_model
 MODELS = sorted((Path(__file__).resolve().parents[3] / "recipes" / "model").glob("*.yaml"))
 
 
-def built(rank: int, world: int, parallel: ParallelConfig) -> dict[str, int]:
-    """Parameters on this rank of every shipped model, by name."""
+def built(rank: int, world: int, parallel: ParallelConfig, paths: list[Path]) -> dict[str, int]:
+    """Parameters on this rank of shipped models, by name."""
     found = {}
-    recipe = replace(RECIPE, parallel=parallel)
+    models = {path.stem: build(ModelConfig, yaml.safe_load(path.read_text()), "model") for path in paths}
+    recipe = replace(RECIPE, parallel=parallel, model=next(iter(models.values())))
     with (
         mesh_of(recipe, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh,
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),  # shapes and names, no memory
     ):
-        for path in MODELS:
-            model = build(ModelConfig, yaml.safe_load(path.read_text()), "model")
+        for name, model in models.items():
             chunks = build_model(
                 model, parallel=parallel, precision=recipe.precision, run=recipe.run, row_tokens=64, mesh=mesh,
                 backend=ReferenceBackend(),
             )  # fmt: skip
-            found[path.stem] = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            found[name] = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     return found
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_builds_have_the_parameters_that_are_counted(tensor: int) -> None:
-    sums = run_ranks(tensor, built, tensor, ParallelConfig(tensor=tensor))
+    sums = run_ranks(tensor, built, tensor, ParallelConfig(tensor=tensor), MODELS)
     assert len(sums[0]) >= 13
     for name, here in sums[0].items():
         model = build(ModelConfig, yaml.safe_load((MODELS[0].parent / f"{name}.yaml").read_text()), "model")
@@ -55,3 +57,23 @@ def test_builds_have_the_parameters_that_are_counted(tensor: int) -> None:
             shared = layer_norms(model) + 2 * model.hidden * model.experts.shared_ffn
             whole += counted.experts - model.pattern.count("E") * shared
             assert sum(each[name] for each in sums) == counted.total + (tensor - 1) * whole, name
+
+
+@pytest.mark.slow
+def test_nano_12b_has_the_planned_weights_at_every_layout_of_its_recipes() -> None:
+    """Context and data ranks hold the same weights, so one tensor group stands for all."""
+    path = MODELS[0].parent / "nemotron_nano_12b_v2.yaml"
+    model = build(ModelConfig, yaml.safe_load(path.read_text()), "model")
+    layouts = set()
+    for recipe_path in sorted(path.parents[1].glob("*.yaml")):
+        if "nano_12b_v2" in recipe_path.stem and "compress" not in recipe_path.stem:
+            recipe = compose(["-cn", recipe_path.stem], program="test")
+            assert not isinstance(recipe, int) and recipe.model.pattern == model.pattern, recipe_path
+            assert recipe.parallel.pipeline == recipe.parallel.expert == 1
+            layouts.add((recipe.parallel.tensor, recipe.parallel.sequence))
+    assert {tensor for tensor, _ in layouts} == {4, 8}
+    for tensor, sequence in sorted(layouts):
+        parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+        planned = stage_tensors(model, model.pattern, tensor=tensor, is_first=True, is_last=True)
+        found = run_ranks(tensor, built, tensor, parallel, [path])
+        assert [each[path.stem] for each in found] == [sum(one.numel for one in planned)] * tensor, (tensor, sequence)
