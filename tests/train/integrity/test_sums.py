@@ -1,12 +1,13 @@
 """Products and collectives checked by sums: the bound, no false alarms, and every planted fault found with its place and rank."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from corruption import FaultyProducts, FaultyTransit, state_kept
+from corruption import FaultyProducts, FaultyTransit, flip, state_kept
 from expert_models import MIXTURE
 from ranks import run_ranks
 from tiny import engine_of, recipe_with
@@ -148,3 +149,42 @@ def test_faults_in_products_and_transit_are_found_with_their_rank(
     assert ("all_to_all_single" in results[0]) == ("parallel.expert" in changes)
     for name, found in results[0].items():
         assert found and all(world - 1 in ranks for _, ranks, _ in found), f"{name}: {found}"
+
+
+def in_one_watch(rank: int, folder: Path) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """All checks at every step, and after each fault a step without one. -> findings by step."""
+    config = replace(SUMS, compare_every_steps=1, replay_fraction=1.0)
+    found = []
+    recipe = recipe_with(**SMALL | MIXTURE | {"run.global_rows": 2, "run.microbatch_rows": 1, "run.integrity": config})
+    with engine_of(recipe, rank=rank, world=2) as engine:
+        trial = Trial(engine, recipe, folder, config)
+        products, transit = FaultyProducts(), FaultyTransit(engine.mesh)
+        weight = next(parameter for chunk in engine.chunks for parameter in chunk.module.parameters())
+
+        def flipped(rows: list[Any]) -> list[Any]:
+            flip(weight, element=5, bit=9)
+            return rows
+
+        with products.installed(), transit.installed():
+            trial.take()
+            products.calls, transit.calls = 0, []
+            trial.take()
+            middle = (products.calls // 2, len(transit.calls) // 2)
+            for place in ("weight", "product", "weight", "collective", "weight"):
+                with state_kept(engine):
+                    if rank == 1:
+                        products.calls, transit.calls = 0, []
+                        products.target = middle[0] if place == "product" else None
+                        transit.target = middle[1] if place == "collective" else None
+                    found.append(trial.caught(flipped if place == "weight" else lambda rows: rows, on=1))
+                trial.watch.forget()
+                found.append(trial.caught(lambda rows: rows, on=1))
+    return found
+
+
+def test_all_checks_in_one_watch_conclude_the_same_on_all_ranks_and_go_on_after_a_fault(tmp_path: Path) -> None:
+    first, second = run_ranks(2, in_one_watch, tmp_path)
+    assert first == second, "ranks that disagree about a finding would wait for each other forever"
+    assert all(findings == [] for findings in first[1::2]), first
+    assert [bool(findings) for findings in first[::2]] == [True] * 5, first
+    assert all(ranks == (1,) for findings in first[::2] for _, ranks in findings), first
