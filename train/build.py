@@ -22,6 +22,7 @@ from recipes.schema.layout import Layout, lay_out
 from recipes.schema.lora import adapter_prefixes
 from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.model import ModelConfig
+from recipes.schema.optim import OptimConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.parameter_groups import EMBEDDING
 from recipes.schema.pattern import layer_kinds
@@ -267,6 +268,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 def frozen_engine(recipe: Recipe, checkpoint: Path, mesh: Mesh) -> Engine:
     """The recipe's model with a checkpoint's weights for forward passes at the recipe's layout, next to another engine: without
     gradients and optimizer. Collective over the world."""
+    recipe = replace(recipe, optim=OptimConfig())  # that of the run may name weights that this model does not have
     check(recipe, world=mesh.layout.world)
     backend = choose_backend(recipe.precision, mesh.device)
     chunks = _chunks(recipe, mesh=mesh, backend=backend)
