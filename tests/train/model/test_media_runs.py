@@ -16,6 +16,7 @@ from tiny import Numbers, engine_of, steps_of
 
 from data.prepare import prepare
 from recipes.schema import checkpoint_steps
+from recipes.schema.encoder_rules import placeholder_problems
 from recipes.schema.optim import ParameterGroupConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
@@ -92,3 +93,11 @@ def test_a_rate_of_zero_freezes_an_encoder() -> None:
     frozen = {name for name in changed if name.startswith(("media.vision.", "media.audio."))}
     assert frozen and not any(changed[name] for name in frozen)
     assert all(changed[name] for name in changed if name not in frozen and "projector" in name)
+
+
+def test_a_typed_placeholder_is_refused_by_name() -> None:
+    prompts = ["a cat", "a <|audio|> cat"]
+    (problem,) = placeholder_problems(media_recipe(), prompts, key="--prompts")
+    assert "prompt 2 contains '<|audio|>', the placeholder of audio" in str(problem)
+    none = {"model.vision": replace(VISION, layers=0), "model.audio": replace(AUDIO, layers=0)}
+    assert not placeholder_problems(media_recipe(**none), prompts, key="--prompts")
