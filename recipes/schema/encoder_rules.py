@@ -1,5 +1,7 @@
 """Rules between encoders and the rest of a recipe: data with media needs them, and they need data with media."""
 
+from collections.abc import Sequence
+
 from recipes.schema.encoders import encoder_shape_problems
 from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
@@ -53,6 +55,24 @@ def without_encoders_problems(model: ModelConfig, *, place: str, what: str, key:
         return []
     text = f"{place} has encoders ({_names(model)}), which {what} does not support."
     return [Problem(key, text, "Name a model without encoders.")]
+
+
+def placeholder_problems(recipe: Recipe, prompts: Sequence[str], *, key: str) -> list[Problem]:
+    """Prompts with placeholders of media, which generation would read as ordinary text. key: where the prompts are from."""
+    if not recipe.model.has_encoders:
+        return []
+    media = recipe.data.media
+    found = [
+        Problem(
+            key,
+            f"prompt {number} contains {name!r}, the placeholder of {what}; generation reads text only.",
+            f"Remove {name!r}.",
+        )
+        for number, prompt in enumerate(prompts, 1)
+        for name, what in ((media.image_token, "images"), (media.audio_token, "audio"))
+        if name in prompt
+    ]
+    return found[:1]
 
 
 def _names(model: ModelConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from data.chat.record import checked_messages
 from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.encoder_rules import placeholder_problems
 from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.foreign import parse_json
 from recipes.schema.objective_rules import language_model_problems
@@ -148,7 +149,9 @@ def _prompts(
     """(ids of each prompt, ids that end a text)."""
     end = frozenset({tokenizer.eod})
     if not config.chat:
-        return [tokenizer.prompt(prompt) for prompt in prompts if isinstance(prompt, str)], end
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        refuse(placeholder_problems(recipe, texts, key="--prompt" if config.prompts is None else "--prompts"))
+        return [tokenizer.prompt(text) for text in texts], end
     with open_template(config.chat_template or recipe.data.chat.template, tokenizer) as template:
         chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
         return [template.ids(chat) for chat in chats], end | template.stop_ids
