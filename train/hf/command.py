@@ -77,6 +77,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     refuse(without_encoders_problems(recipe.model, place=str(path), what="export", key="checkpoint"))
     family_of(recipe.model)
     if parsed.adapter:
+        _refuse_unused(parsed)
         return _export_adapter(parsed.out, StoredTensors(path), recipe)
     refuse(folded_problems(recipe.model, place=str(path), what="an export without --adapter", key="model.lora"))
     carried = published.published_of(path, manifest)
@@ -140,6 +141,16 @@ def export_model(parsed: argparse.Namespace) -> int:
     if parsed.push is not None:
         _print(f"pushed to {hub.push(parsed.out, parsed.push)}")
     return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
+
+
+def _refuse_unused(parsed: argparse.Namespace) -> None:
+    """RecipeError for options of an export that do nothing with --adapter."""
+    names = ("push", "quantize", "calibrate", "keep", "tokenizer", "max_positions", "vocab", "license", "name")
+    given = [name for name in names if getattr(parsed, name) is not None]
+    given += ["dtype"] * (parsed.dtype != "keep")
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise RecipeError(f"{options} has no effect with --adapter. Leave it out, or export the folded model.")
 
 
 def _export_adapter(out: Path, stored: StoredTensors, recipe: Recipe) -> int:

@@ -104,7 +104,8 @@ class Model(HybridModel):
         hidden_SBH = hidden_states(self, tokens_BS, positions_BS, context=context)
         if not self.post_process:
             return hidden_SBH
-        losses, right = [], []
+        losses: list[torch.Tensor] = []
+        right: list[torch.Tensor] = []
         logits_of_depths = self._logits_of_depths(hidden_SBH, positions_BS, ahead=ahead, context=context)
         for label_BS, logits_SBV in zip([labels_BS, *ahead.labels_DBS], logits_of_depths, strict=True):
             if losses:

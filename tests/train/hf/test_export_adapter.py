@@ -23,7 +23,9 @@ from train.build import model_on_one_rank
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors
+from train.hf.__main__ import _parser
 from train.hf.check import load_theirs
+from train.hf.command import export_model
 from train.hf.config import family_of
 from train.hf.export_adapter import write_adapter
 from train.hf.files import WeightFiles
@@ -81,6 +83,15 @@ def test_adapters_that_peft_would_bypass_are_refused(tmp_path: Path) -> None:
     path = trained(tmp_path, recipe_of(model), world=1)
     with pytest.raises(RecipeError, match=r"mixer\.out_proj, which peft refuses"):
         write_adapter(StoredTensors(path), tmp_path, model=model, base="")
+
+
+def test_options_that_do_nothing_for_adapters_are_refused(tmp_path: Path) -> None:
+    model = replace(FAMILIES["gemma2"], lora=LORA)
+    path = trained(tmp_path / "run", recipe_of(model), world=1)
+    words = ["export", str(path), "--out", str(tmp_path / "out"), "--adapter", "--quantize", "int8", "--dtype", "bf16"]
+    with pytest.raises(RecipeError, match=r"^--quantize, --dtype has no effect with --adapter"):
+        export_model(_parser().parse_args(words))
+    assert not (tmp_path / "out").exists()
 
 
 def adapted(model: ModelConfig) -> list[Linear]:

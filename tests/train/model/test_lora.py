@@ -16,8 +16,9 @@ from tiny import GEMMA, VOCAB, Numbers, engine_of, recipe_with, steps_of
 from recipes.schema.errors import RecipeError
 from recipes.schema.lora import LoraConfig
 from recipes.schema.manifest import read_manifest
+from recipes.schema.optim import ParameterGroupConfig
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
-from train.build import build_engine, check, mesh_of, model_on_one_rank
+from train.build import build_engine, check, frozen_engine, mesh_of, model_on_one_rank
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors
@@ -164,6 +165,20 @@ def test_adapters_start_as_the_model_and_are_refused_where_the_model_differs(tmp
     for other in ({}, {"model.lora": LoraConfig(rank=4, alpha=16.0)}, {"model.lora": LoraConfig(rank=8, alpha=32.0)}):
         with pytest.raises(RankFailed, match=r"model\.lora\."):
             run_ranks(1, start, other, tmp_path / "adapted" / "step_00000002")
+
+
+def reference_of(rank: int, weights: Path) -> bool:
+    """For `run_ranks`: the frozen model that a run with adapters started from, with the run's own groups of parameters."""
+    recipe = recipe_with(**{"optim.groups": (ParameterGroupConfig("*_adapter.up", lr_factor=16.0),)})
+    layout = check(recipe_with(), world=1)
+    with mesh_of(recipe, layout, device=torch.device("cpu"), rank=rank) as mesh:
+        engine = frozen_engine(recipe, weights, mesh)
+        return any(one.requires_grad for chunk in engine.chunks for one in chunk.parameters())
+
+
+def test_the_reference_of_a_run_with_groups_of_adapters_is_built(tmp_path: Path) -> None:
+    run_ranks(1, save_at, {}, 1, tmp_path)
+    assert run_ranks(1, reference_of, tmp_path / "step_00000002") == [False]
 
 
 def logits_of(rank: int, path: Path, mapping: dict[str, Any]) -> torch.Tensor:

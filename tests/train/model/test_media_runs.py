@@ -48,7 +48,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert not whole.attempt(None)
     killed = Run(recipe, 1, folder=tmp_path / "killed_said")
     killed.recipe = replace(recipe, run=replace(recipe.run, stop_after_steps=4))  # should the kill be late
-    killed.attempt(Kill(steps=2, delay_s=0.0))
+    assert killed.attempt(Kill(steps=2, delay_s=0.0))
     killed.recipe = recipe
     assert not killed.attempt(None)
     assert any(line["kind"] == "resume" for line in killed.metrics)
