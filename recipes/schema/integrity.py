@@ -26,6 +26,6 @@ class IntegrityConfig:
     bit. Each costs about two more steps: 0.5 % of the time with the default, which is the share that Gemini 2.5 reports."""
     products: tuple[Literal["attention", "mamba", "mlp", "experts", "output"], ...] = ()
     """Kinds of layers whose matrix products are checked by sums at every step, forward and backward. On a CPU only: Transformer
-    Engine's products cannot be checked. Default: none, because the sums cost several percent of a step (docs/resilience.md)."""
+    Engine's products cannot be checked. Default: none, because the sums of all kinds cost half a step at the smoke size."""
     collectives: bool = False
     """Whether the results of collectives in training steps are checked: sums of sums, and fingerprints of copies."""

@@ -64,15 +64,17 @@ def batch_of(vocab: int) -> Batch:
     return one_document_rows(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
 
-def in_turn(rounds: int, *works: Callable[[], object], warmup: int = 2) -> list[float]:
+def in_turn(
+    rounds: int, *works: Callable[[], object], warmup: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Median seconds of each of `works`, run one after the other `rounds` times."""
     seconds: list[list[float]] = [[] for _ in works]
     for index in range(rounds + warmup):
         for work, spent in zip(works, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             work()
             if index >= warmup:
-                spent.append(time.perf_counter() - start)
+                spent.append(clock() - start)
     return [statistics.median(spent) for spent in seconds]
 
 
