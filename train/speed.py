@@ -1,7 +1,7 @@
 """`train/speed.py -cn RECIPE [key=value ...]`: speed of a recipe's training step, without data, run folder or saves.
 
 The same model, optimizer and `train_step` as a run, on rows of random tokens (one document a row); the first steps do not count.
-One process or torchrun's. It is for machines that are tested before anything is prepared on them (`stratum doctor --qualify`), and
+One process or torchrun's. It is for machines tested before anything is prepared on them (`stratum doctor --qualify`), and
 for shapes whose checkpoint one would not write. Prints one JSON object:
 
     {"parameters", "device", "precision", "backend", "kernels", "tokens_per_s", "step_s": [...], "mfu", "memory_bytes", ...}
