@@ -24,7 +24,7 @@ from recipes.schema.errors import CheckpointError, CorruptionError, DataError, N
 from recipes.schema.evaluate import heldout_is_due, samples_are_due, tasks_are_due
 from recipes.schema.facts import named as named_checkpoint
 from recipes.schema.ledger import Ledger
-from recipes.schema.pattern import flops_per_token, parameters
+from recipes.schema.pattern import parameters, trained_flops_per_token
 from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
@@ -172,7 +172,7 @@ def _train(
             total_steps=recipe.run.steps,
             first_step=step,
             tokens_per_step=recipe.run.global_rows * recipe.data.row_tokens,
-            flops_per_token=flops_per_token(recipe.model, recipe.data.row_tokens).total,
+            flops_per_token=trained_flops_per_token(recipe.model, recipe.data.row_tokens),
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             data_hash=material.manifest_hash,

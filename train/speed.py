@@ -24,7 +24,7 @@ from data.batch import Batch
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
-from recipes.schema.pattern import flops_per_token, parameters
+from recipes.schema.pattern import parameters, trained_flops_per_token
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import backend_name, problems, refuse
@@ -83,7 +83,7 @@ def measure(recipe: Recipe, steps: int) -> dict[str, Any]:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)
             losses.append(float(mesh.sum_over_world(result.loss.detach().double())))
-        flops = flops_per_token(recipe.model, recipe.data.row_tokens).total
+        flops = trained_flops_per_token(recipe.model, recipe.data.row_tokens)
         peak = peak_flops(device)
         rate = recipe.run.global_rows * recipe.data.row_tokens / statistics.median(seconds[WARM_UP:])
         return {

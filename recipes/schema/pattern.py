@@ -406,6 +406,16 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
     return replace(_layer_flops(Counter(layer_kinds(model.pattern)), model, sequence), mtp=further)
 
 
+def trained_flops_per_token(model: ModelConfig, sequence: int) -> float:
+    """Training FLOPs per token of a run. With adapters (`model.lora`), a frozen weight needs no gradient: it costs 4 instead of 6.
+    Each weight of an adapter costs 6."""
+    flops = flops_per_token(model, sequence)
+    if not model.lora.rank:
+        return flops.total
+    frozen = flops.mamba_projections + flops.attention_projections + flops.mlp + flops.experts + flops.head
+    return flops.total - frozen / 3 + 6 * parameters(model).adapters
+
+
 def _layer_flops(number: Counter[LayerKind], model: ModelConfig, sequence: int) -> Flops:
     """Of some layers, by kind, and the head."""
     chunk = min(model.mamba_chunk, sequence)

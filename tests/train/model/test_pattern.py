@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.schema.errors import RecipeError
+from recipes.schema.lora import LoraConfig
 from recipes.schema.model import ModelConfig
 from recipes.schema.mtp import MtpConfig
 from recipes.schema.pattern import (
@@ -23,6 +24,7 @@ from recipes.schema.pattern import (
     flops_per_token,
     layer_kinds,
     parameters,
+    trained_flops_per_token,
     visible_keys,
 )
 from recipes.schema.typed import build
@@ -350,3 +352,21 @@ def test_a_row_shorter_than_a_chunk_scans_one_short_chunk() -> None:
     long = replace(SMALL, mamba_chunk=256)
     assert flops_per_token(long, 64).scan == flops_per_token(replace(SMALL, mamba_chunk=64), 64).scan
     assert math.isfinite(flops_per_token(long, 1).total)
+
+
+def test_flops_with_frozen_weights_are_those_that_torch_runs() -> None:
+    """One MLP layer and the head, frozen, with adapters of the layer's linears: forward and backward."""
+    tokens, hidden, ffn, vocab, rank = 8, 16, 32, 64, 4
+    model = ModelConfig(
+        pattern="-", hidden=hidden, ffn=ffn, vocab=vocab, activation="relu2", lora=LoraConfig(rank=rank)
+    )
+
+    def adapted(x: torch.Tensor, into: int, out: int) -> torch.Tensor:
+        down, up = torch.ones(rank, into, requires_grad=True), torch.ones(out, rank, requires_grad=True)
+        return x @ torch.ones(into, out) + x @ down.T @ up.T
+
+    with FlopCounterMode(display=False) as counter:
+        hidden_TD = torch.ones(tokens, hidden, requires_grad=True)  # the embedding's output
+        out_TD = adapted(adapted(hidden_TD, hidden, ffn).relu().square(), ffn, hidden)
+        (out_TD @ torch.ones(hidden, vocab)).sum().backward()
+    assert trained_flops_per_token(model, tokens) * tokens == counter.get_total_flops()
