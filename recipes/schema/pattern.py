@@ -407,7 +407,7 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
 
 
 def trained_flops_per_token(model: ModelConfig, sequence: int) -> float:
-    """Training FLOPs per token of a run. With adapters (`model.lora`), a frozen weight needs no gradient: it costs 4 instead of 6.
+    """Training FLOPs per token of a run. With adapters, a frozen weight needs no gradient: it costs 4 instead of 6.
     Each weight of an adapter costs 6."""
     flops = flops_per_token(model, sequence)
     if not model.lora.rank:
