@@ -1,6 +1,7 @@
 """Rules between encoders and the rest of a recipe: data with media needs them, and they need data with media."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from recipes.schema.encoders import encoder_shape_problems
 from recipes.schema.errors import Problem
@@ -23,6 +24,7 @@ def encoder_problems(recipe: Recipe) -> list[Problem]:
             "of data.sources."
         )
         found.append(Problem(f"data.sources.{name}.kind", text, remedy))
+    found += _idle_problems(model)
     if not model.has_encoders:
         return found
     for name in ("vision", "audio"):
@@ -46,6 +48,22 @@ def encoder_problems(recipe: Recipe) -> list[Problem]:
     if model.mtp.depths:
         text = f"model.mtp.depths={model.mtp.depths} predicts from embeddings of tokens, and places of media have none."
         found.append(Problem("model.mtp.depths", text, "Use model.mtp.depths=0 in a model with encoders."))
+    return found
+
+
+def _idle_problems(model: ModelConfig) -> list[Problem]:
+    """Fields of an encoder that the model does not have."""
+    found = []
+    for name in ("vision", "audio"):
+        encoder = getattr(model, name)
+        for field in fields(encoder) if not encoder.layers else ():
+            if (value := getattr(encoder, field.name)) != field.default:
+                text = f"model.{name}.{field.name}={value} does nothing, because model.{name}.layers=0."
+                found.append(
+                    Problem(
+                        f"model.{name}.{field.name}", text, f"Set model.{name}.layers, such as 12, or leave it out."
+                    )
+                )
     return found
 
 

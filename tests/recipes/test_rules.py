@@ -230,6 +230,10 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"data.sources": MEDIA},
         "data.sources.a has media, and the model has no encoders: it would learn from placeholders instead of images and audio.",
     ),
+    "a width of an encoder that the model does not have": (
+        {"model.audio.hidden": 64},
+        "model.audio.hidden=64 does nothing, because model.audio.layers=0. Set model.audio.layers, such as 12, or leave it out.",
+    ),
     "media of a format without records": (
         {"data.sources": {"a": SourceConfig("x", kind="media", format="text")}},
         "data.sources.a.format=text has no records with parts, which kind=media needs. Use jsonl, parquet, webdataset or a set.",
