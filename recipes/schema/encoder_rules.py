@@ -75,19 +75,21 @@ def without_encoders_problems(model: ModelConfig, *, place: str, what: str, key:
     return [Problem(key, text, "Name a model without encoders.")]
 
 
+def media_placeholders(recipe: Recipe) -> tuple[str, ...]:
+    """Special tokens that stand for images and audio in the rows of this model; none without encoders."""
+    return (recipe.data.media.image_token, recipe.data.media.audio_token) if recipe.model.has_encoders else ()
+
+
 def placeholder_problems(recipe: Recipe, prompts: Sequence[str], *, key: str) -> list[Problem]:
     """Prompts with placeholders of media, which generation would read as ordinary text. key: where the prompts are from."""
-    if not recipe.model.has_encoders:
-        return []
-    media = recipe.data.media
     found = [
         Problem(
             key,
-            f"prompt {number} contains {name!r}, the placeholder of {what}; generation reads text only.",
+            f"prompt {number} contains {name!r}, which stands for media; generation reads text only.",
             f"Remove {name!r}.",
         )
         for number, prompt in enumerate(prompts, 1)
-        for name, what in ((media.image_token, "images"), (media.audio_token, "audio"))
+        for name in media_placeholders(recipe)
         if name in prompt
     ]
     return found[:1]

@@ -51,13 +51,15 @@ class Served:
     """Unix time, seconds."""
     speculates: bool = False
     """Whether the engine has a drafter."""
+    placeholders: tuple[str, ...] = ()
+    """Special tokens that stand for media in the training of this model."""
 
 
 def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIApp:
     """The ASGI application. key: clients must send it as a bearer token, if given."""
     app = FastAPI(title="Stratum", openapi_url=None, docs_url=None, redoc_url=None)
     metrics = Metrics(served.worker)
-    encoder = PromptEncoder(served.tokenizer, served.template, served.context_tokens)
+    encoder = PromptEncoder(served.tokenizer, served.template, served.context_tokens, placeholders=served.placeholders)
 
     @app.exception_handler(ServerRefusal)
     async def refusal(_request: HttpRequest, error: ServerRefusal) -> JSONResponse:

@@ -23,8 +23,17 @@ _LONG_BYTES = 1 << 16
 class PromptEncoder:
     """Encodes prompts in threads. For one event loop."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, context_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        context_tokens: int,
+        *,
+        placeholders: Sequence[str] = (),
+    ) -> None:
+        """placeholders: special tokens that stand for media in training. The server reads text only, so prompts have none."""
         self._tokenizer, self._template, self._context_tokens = tokenizer, template, context_tokens
+        self._placeholders = placeholders
         self._most_bytes = context_tokens * tokenizer.most_bytes_per_token
         self._long = asyncio.Lock()
 
@@ -35,6 +44,12 @@ class PromptEncoder:
                 self._check_bytes([prompt], "the prompt", param="prompt")
             else:
                 self._check_tokens(prompt, param="prompt")
+            for name in self._placeholders:
+                if name in prompt if isinstance(prompt, str) else self._tokenizer.special.get(name) in prompt:
+                    text = (
+                        f"the prompt contains {name!r}, which stands for media. This server reads text only: remove it."
+                    )
+                    raise ServerRefusal(400, text, param="prompt")
         return [await self._prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     async def _prompt(self, text: str) -> list[int]:

@@ -19,6 +19,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from data.chat.template import ChatTemplate, open_template
 from data.tokenizer import Tokenizer
+from recipes.schema.encoder_rules import media_placeholders
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import printable
 from recipes.schema.recipe import Recipe
@@ -72,6 +73,7 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
                 thinking,
                 created=int(time.time()),
                 speculates=loaded.drafter is not None,
+                placeholders=media_placeholders(recipe),
             )
             app = build_app(served, key=key, most_body_bytes=int(config.body_mib * 2**20))
             await answer_clients(app, worker, listener, drain_s=config.drain_s)

@@ -1,5 +1,6 @@
 """Runs of a model with encoders: killed and started again, continued at another layout, and with frozen encoders."""
 
+import asyncio
 import base64
 import io
 from dataclasses import replace
@@ -15,13 +16,17 @@ from rich.console import Console
 from tiny import Numbers, engine_of, steps_of
 
 from data.prepare import prepare
+from data.tokenizer import train_tokenizer
 from recipes.schema import checkpoint_steps
+from recipes.schema.data import TokenizerConfig
 from recipes.schema.encoder_rules import placeholder_problems
 from recipes.schema.optim import ParameterGroupConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
 from train.model.initial import global_names
+from train.serve.prompt_ids import PromptEncoder
+from train.serve.refusal import ServerRefusal
 
 STEPS = 6
 
@@ -98,6 +103,18 @@ def test_a_rate_of_zero_freezes_an_encoder() -> None:
 def test_a_typed_placeholder_is_refused_by_name() -> None:
     prompts = ["a cat", "a <|audio|> cat"]
     (problem,) = placeholder_problems(media_recipe(), prompts, key="--prompts")
-    assert "prompt 2 contains '<|audio|>', the placeholder of audio" in str(problem)
+    assert "prompt 2 contains '<|audio|>', which stands for media" in str(problem)
     none = {"model.vision": replace(VISION, layers=0), "model.audio": replace(AUDIO, layers=0)}
     assert not placeholder_problems(media_recipe(**none), prompts, key="--prompts")
+
+
+def test_the_server_refuses_placeholders_of_media_in_prompts() -> None:
+    """As text and as ids; without encoders they are ordinary text."""
+    special = {"<|image|>": 1, "<|audio|>": 2}
+    tokenizer = train_tokenizer(["a <b"] * 9, TokenizerConfig(vocab_size=260, special_tokens=special))
+    encoder = PromptEncoder(tokenizer, None, 64, placeholders=tuple(special))
+    for prompt in ("a <|audio|> b", [5, tokenizer.special["<|audio|>"]]):
+        with pytest.raises(ServerRefusal, match=r"contains '<\|audio\|>', which stands for media"):
+            asyncio.run(encoder.prompts([prompt]))
+    assert asyncio.run(encoder.prompts(["a <b", [5, 6]]))[1] == [5, 6]
+    assert asyncio.run(PromptEncoder(tokenizer, None, 64).prompts(["a <|audio|> b"]))
