@@ -14,6 +14,7 @@ The mean is taken over the full row before it is squared, even if several ranks 
 scores depend on the layout only through the rounding of the forward pass.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -160,7 +161,8 @@ def width_scores(engine: Engine, model: ModelConfig, dataset: Dataset, *, rows: 
     with torch.no_grad():
         run_schedule(engine, microbatches, forward_step=step, forward_only=True)
     merged = _merge(sums.values, model, mesh)
-    scores = Scores(model=asdict(model), parent=parent, rows=rows)
+    plain = json.loads(json.dumps(asdict(model)))  # as it will be read back: lists, not tuples
+    scores = Scores(model=plain, parent=parent, rows=rows)
     tokens = rows * engine.row_tokens
     kinds = layer_kinds(model.pattern)
     scores.hidden = np.sqrt(merged["hidden"])
