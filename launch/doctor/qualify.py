@@ -266,7 +266,7 @@ def _planned(words: Sequence[str]) -> dict[str, Any]:
 
 
 def last_object(text: str) -> dict[str, Any]:
-    """The last line that is a JSON object; {} if there is none."""
+    """The last line that contains a JSON object, or {}."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:

@@ -52,7 +52,7 @@ def train() -> Ratios:
 
 def generate() -> Ratios:
     """The inference engine against transformers' `generate`, same weights and greedy tokens."""
-    import torch
+    import torch  # as in `train`
 
     from tests.bench import inference
 
